@@ -1,0 +1,149 @@
+"""ThiNet's objective over all filters and positions at once, as one small matrix.
+
+With x_c the part of a consumer's output that channel c makes (summed over its kernel taps),
+
+    G[c, c'] = E[sum over outputs of x_c x_c'] = sum over the taps block (c, c') of (W' W) * H,
+
+so that E || sum of x_c over c in T ||^2 = 1_T' G 1_T: ThiNet's objective (ICCV 2017, eq. 6) for the
+removed set T without a single sample. `Gamma` weighs outputs by the loss: W' Gamma W.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_PANEL = 512  # columns of W' W made at a time
+_ROW_BLOCK = 1 << 23  # entries of the per-output parts made at a time by `gram_rows`
+_LARGEST = 8192  # columns above which H itself (0.5 GiB) is not worth its memory
+
+
+def gram(
+    second: Tensor,
+    weight: Tensor,
+    units: Tensor | None = None,
+    count: int | None = None,
+    *,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """G from the second moments of the consumer's input.
+
+    Costs N (C taps)^2 multiply-adds, half of 2x by symmetry, and one panel of extra memory.
+
+    Args:
+        second: (C * taps, C * taps) E[phi phi'] (or its sum: G scales with it), or the covariance,
+            for an intercept that follows the channels' means.
+        weight: (N, C, *kernel), dense over groups.
+        units: (C,) unit of each input channel, -1 for channels that are not of the group; None
+            where channels are the units.
+        count: number of units, needed where some unit may have no channel here.
+        gamma: (N, N) weights of the outputs, E[dL/dy dL/dy'] for the loss-aware objective.
+
+    Returns:
+        (units, units) float64, symmetric.
+    """
+    columns = _matrix(weight)
+    left = columns if gamma is None else gamma.to(columns) @ columns
+    channels, size = weight.shape[1], columns.shape[1]
+    taps = size // channels
+    step = max(_PANEL // taps, 1) * taps
+    total = second.new_zeros(channels, channels, dtype=torch.float64)
+    for start in range(0, size, step):
+        rows = slice(start, min(start + step, size))
+        part = second[rows, start:] * (columns[:, rows].T @ left[:, start:])
+        block = part.view(-1, taps, (size - start) // taps, taps).sum((1, 3))
+        total[start // taps : rows.stop // taps, start // taps :] = block
+    total = total.triu() + total.triu(1).T
+    return total if units is None else fold_units(total, units, count)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    columns = weight.detach().flatten(1)
+    return columns if columns.dtype in (torch.float32, torch.float64) else columns.float()
+
+
+def fold_units(per_channel: Tensor, units: Tensor, count: int | None = None) -> Tensor:
+    """Sum (C, C) entries of channels into (units, units) entries of their units."""
+    units = units.to(per_channel.device)
+    member = torch.nonzero(units >= 0).squeeze(1)
+    size = int(units.max()) + 1 if count is None else count
+    half = per_channel.new_zeros(size, len(member))
+    half.index_add_(0, units[member], per_channel[member][:, member])
+    return per_channel.new_zeros(size, size).index_add_(1, units[member], half)
+
+
+def unit_sums(parts: Tensor, units: Tensor, count: int | None = None) -> Tensor:
+    """Sum the (rows, C) parts of channels into (rows, units) parts of their units."""
+    units = units.to(parts.device)
+    member = torch.nonzero(units >= 0).squeeze(1)
+    size = int(units.max()) + 1 if count is None else count
+    return parts.new_zeros(len(parts), size).index_add_(1, units[member], parts[:, member])
+
+
+def output_energy(second: Tensor, weight: Tensor) -> float:
+    """E || W phi ||^2, the energy of a consumer's output without its bias: the sum of all of G."""
+    columns = _matrix(weight).to(second.dtype)
+    return float(((columns @ second) * columns).sum())
+
+
+def gram_rows(
+    phi: Tensor, weight: Tensor, units: Tensor | None = None, count: int | None = None
+) -> Tensor:
+    """G summed over rows (divide by their number for the mean), without ever forming H.
+
+    Makes the parts z[row, output, unit] block by block and multiplies them with themselves:
+    rows * N * (C taps + units^2 / 2) multiply-adds. For a wide layer behind a flatten (C taps of
+    25,088 in VGG-16) this fits in memory where H would not.
+
+    Args:
+        phi: (rows, C * taps).
+        weight: (N, C, *kernel), dense over groups; `gamma` = L L' is applied as L' W.
+        units, count: as for `gram`.
+
+    Returns:
+        (units, units) float64, symmetric.
+    """
+    channels, taps = weight.shape[1], weight[0, 0].numel()
+    if units is None:
+        units = torch.arange(channels)
+    count = int(units.max()) + 1 if count is None else count
+    pick, present = _columns_of_units(units.to(phi.device), count, taps)
+    by_unit = (_matrix(weight)[:, pick] * present).permute(1, 2, 0)  # (units, columns, N)
+    outputs = len(weight)
+    total = torch.zeros(count, count, dtype=torch.float64, device=phi.device)
+    for rows in phi.split(max(_ROW_BLOCK // (count * outputs), 1)):
+        parts = torch.bmm(rows[:, pick].transpose(0, 1), by_unit).flatten(1)
+        total += parts @ parts.T
+    return total
+
+
+def _columns_of_units(units: Tensor, count: int, taps: int) -> tuple[Tensor, Tensor]:
+    """(units, largest) columns of each unit, and which of them are not mere padding."""
+    columns = units.repeat_interleave(taps)
+    member = torch.nonzero(columns >= 0).squeeze(1)
+    member = member[columns[member].argsort(stable=True)]
+    sizes = torch.bincount(columns[member], minlength=count)
+    rank = torch.arange(len(member), device=units.device)
+    rank = rank - (sizes.cumsum(0) - sizes)[columns[member]]
+    pick = columns.new_zeros(count, int(sizes.max()))
+    present = torch.zeros_like(pick, dtype=torch.bool)
+    pick[columns[member], rank] = member
+    present[columns[member], rank] = True
+    return pick, present
+
+
+def gram_route(
+    columns: int, outputs: int, units: int, rows: int, largest: int = _LARGEST
+) -> Literal["second", "rows"]:
+    """Which way to G costs less: through H (`gram`) or straight from the rows (`gram_rows`).
+
+    Multiply-adds are columns^2 (rows + N) / 2 against rows * N * (columns + units^2); above
+    `largest` columns H is not formed at all.
+    """
+    if columns > largest:
+        return "rows"
+    through_second = columns**2 * (rows + outputs) / 2
+    through_rows = rows * outputs * (columns + units**2)
+    return "second" if through_second <= through_rows else "rows"
