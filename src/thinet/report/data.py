@@ -1,0 +1,147 @@
+"""What a report says, as frozen data: whoever measured fills it in, this folder shows it.
+
+Accuracies are fractions of 1, latencies milliseconds of one forward pass, costs as in
+`thinet.types.Counts`. `to_dict` and `from_dict` are the JSON form, the same in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from thinet.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network that was measured: the dense one, or a smaller one.
+
+    Attributes:
+        name: what to call it in a table, unique in its report.
+        macs: multiply-adds of one example.
+        params: elements of all parameters.
+        latency_ms: milliseconds of one forward pass, None if it was not measured.
+        top1: accuracy with no training after the cut, None if it was not measured.
+        top1_tuned: accuracy after fine-tuning, None if there was none.
+        curve: accuracy after each epoch of fine-tuning.
+    """
+
+    name: str
+    macs: int
+    params: int
+    latency_ms: float | None = None
+    top1: float | None = None
+    top1_tuned: float | None = None
+    curve: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> float | None:
+        """The accuracy that counts: after fine-tuning where there was some."""
+        return self.top1 if self.top1_tuned is None else self.top1_tuned
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of channels: how wide it was and is, or why it may not be cut."""
+
+    name: str
+    channels: int
+    kept: int | None = None
+    locked: str | None = None
+    producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says.
+
+    Attributes:
+        title: one line.
+        summary: one or two sentences under it.
+        networks: what was measured, the network that all others are compared with first.
+        chosen: name of the network that the big numbers are about; None takes the last.
+        groups: the groups, in the order of the network.
+        notes: sentences that a reader must not miss.
+        facts: how it was made (command, seed, device, versions), name and value.
+    """
+
+    title: str
+    summary: str = ""
+    networks: tuple[Network, ...] = ()
+    chosen: str | None = None
+    groups: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [network.name for network in self.networks]
+        if len(set(names)) != len(names):
+            raise OptionError(f"a report needs networks of different names, got {names}")
+        if self.chosen is not None and self.chosen not in names:
+            raise OptionError(f"no network {self.chosen!r} in the report; it has {names}")
+
+    @property
+    def dense(self) -> Network | None:
+        """The network that the others are compared with."""
+        return self.networks[0] if self.networks else None
+
+    @property
+    def headline(self) -> Network | None:
+        """The smaller network that the big numbers are about, None where there is none."""
+        if len(self.networks) < 2:
+            return None
+        return next((n for n in self.networks if n.name == self.chosen), self.networks[-1])
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """The report as what JSON can hold."""
+    plain = asdict(report)
+    plain["facts"] = dict(report.facts)
+    return plain
+
+
+def from_dict(data: Mapping[str, Any]) -> Report:
+    """The report that `to_dict` wrote.
+
+    Raises:
+        OptionError: a name is missing, unknown, or its value has the wrong type.
+    """
+    try:
+        return Report(
+            networks=tuple(_network(n) for n in data.get("networks", ())),
+            groups=tuple(_group(g) for g in data.get("groups", ())),
+            notes=tuple(data.get("notes", ())),
+            facts=tuple(dict(data.get("facts", {})).items()),
+            **{k: v for k, v in data.items() if k not in ("networks", "groups", "notes", "facts")},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"not a report of thinet: {error}") from error
+
+
+def _network(data: Mapping[str, Any]) -> Network:
+    values: dict[str, Any] = {**data, "curve": tuple(data.get("curve", ()))}
+    network = Network(**values)
+    numbers = (network.macs, network.params, network.latency_ms, network.top1, network.top1_tuned)
+    _check_numbers(network.name, [*numbers, *network.curve])
+    return network
+
+
+def _group(data: Mapping[str, Any]) -> Group:
+    values: dict[str, Any] = {
+        **data,
+        "producers": tuple(data.get("producers", ())),
+        "consumers": tuple(data.get("consumers", ())),
+    }
+    group = Group(**values)
+    _check_numbers(group.name, (group.channels, group.kept))
+    return group
+
+
+def _check_numbers(name: str, values: Iterable[object]) -> None:
+    for value in values:
+        if value is not None and not isinstance(value, (int, float)):
+            raise OptionError(f"not a report of thinet: {name!r} has {value!r} for a number")

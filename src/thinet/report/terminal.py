@@ -1,0 +1,79 @@
+"""A report in a terminal, by rich."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from thinet.report.data import Report
+from thinet.report.text import columns, figures, locked_reasons
+
+BAR_CELLS = 20
+
+
+def show(report: Report, console: Console, *, groups: bool = True) -> None:
+    """Print a report: title, networks, groups (if asked for), notes."""
+    console.print(render(report, groups=groups))
+
+
+def render(report: Report, *, groups: bool = True) -> RenderableType:
+    """The report as something that rich can print."""
+    parts: list[RenderableType] = [Text(report.title, style="bold")]
+    if report.summary:
+        parts.append(Text(report.summary))
+    if report.networks:
+        parts.append(networks_table(report))
+    if groups and report.groups:
+        parts.append(groups_table(report))
+        parts.extend(Text(f"locked  {line}", style="yellow") for line in locked_reasons(report))
+    parts.extend(
+        Text(f"{f.label}: {f.before} -> {f.after}  {f.change}".rstrip(), style="bold")
+        for f in figures(report)
+    )
+    parts.extend(Text(f"note  {note}", style="cyan") for note in report.notes)
+    return Group(*parts)
+
+
+def networks_table(report: Report) -> Table:
+    """One row a network."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("network", no_wrap=True)
+    shown = columns(report)
+    for heading, _ in shown:
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    headline = report.headline
+    for network in report.networks:
+        style = "bold green" if network is headline else None
+        table.add_row(network.name, *(cell(network) for _, cell in shown), style=style)
+    return table
+
+
+def groups_table(report: Report) -> Table:
+    """One row a group: channels before and after, with a bar, or consumers where nothing is cut."""
+    pruned = any(g.kept is not None for g in report.groups)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("group", overflow="fold")
+    table.add_column("channels", justify="right")
+    if pruned:
+        table.add_column("kept", justify="right")
+        table.add_column("", no_wrap=True)
+    else:
+        table.add_column("read by", overflow="fold")
+        table.add_column("", no_wrap=True)
+    for group in report.groups:
+        if pruned:
+            kept = group.channels if group.kept is None else group.kept
+            cells = [str(kept), _bar(kept / group.channels)]
+        else:
+            more = f" and {len(group.consumers) - 3} more" if len(group.consumers) > 3 else ""
+            cells = [", ".join(group.consumers[:3]) + more, "locked" if group.locked else ""]
+        style = "dim" if group.locked else None
+        table.add_row(group.name, str(group.channels), *cells, style=style)
+    return table
+
+
+def _bar(fraction: float) -> str:
+    full = round(fraction * BAR_CELLS)
+    return "█" * full + "·" * (BAR_CELLS - full)
