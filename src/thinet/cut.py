@@ -1,0 +1,86 @@
+"""The verb that makes a smaller model, and the proof that it computes the same."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from thinet.errors import LockedGroupError, UnknownGroupError
+from thinet.plan import Plan
+from thinet.surgery.apply import apply_plan
+from thinet.trace.analyse import analyse
+from thinet.trace.planning import make_plan
+from thinet.trace.record import copied
+from thinet.types import ChannelGroup, ExampleInputs, check_indices
+from thinet.verify import verify_cut
+
+
+def cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    verify: bool = True,
+    normalised: bool = False,
+) -> nn.Module:
+    """A new, smaller model that keeps the named units of the named groups.
+
+    Groups that are not named stay whole. The given model is left as it was.
+
+    Args:
+        model: the dense model.
+        example_inputs: what `find_groups` was given.
+        keep: group name to the units that stay, in any order.
+        verify: run both models on the example inputs and compare the cut one with the original
+            whose removed channels are silenced at the consumers' inputs.
+        normalised: as in `find_groups`; such cuts are not exact and not verified.
+
+    Raises:
+        LockedGroupError: a group may not be cut; the text says why.
+        UnknownGroupError: no group has that name.
+        IndicesError: indices that are empty, repeated or out of range (a ValueError).
+        VerificationError: the cut model differs; it is not returned.
+    """
+    analysis = analyse(model, example_inputs, normalised=normalised)
+    checked = check_keep(analysis.groups, keep)
+    plan = make_plan(analysis, model, checked)
+    small = apply_to_copy(model, plan)
+    if verify:
+        verify_cut(model, small, example_inputs, analysis, checked)
+    return small
+
+
+def apply_to_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model with the plan carried out."""
+    small = copied(model)
+    apply_plan(small, plan)
+    return small
+
+
+def check_keep(
+    groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Sorted indices for each named group, whole groups left out; errors as `cut` raises them."""
+    known = {group.name: group for group in groups}
+    checked: dict[str, list[int]] = {}
+    for name, indices in keep.items():
+        if name not in known:
+            raise UnknownGroupError(_unknown(name, known))
+        group = known[name]
+        units = check_indices(group, indices)
+        if group.locked is not None:
+            raise LockedGroupError(f"group {name!r} may not be cut: {group.locked}")
+        if len(units) < group.channels:
+            checked[name] = units
+    return checked
+
+
+def _unknown(name: str, known: Mapping[str, ChannelGroup]) -> str:
+    holder = next(
+        (g.name for g in known.values() if name in g.producers or name in g.consumers), None
+    )
+    near = [holder] if holder else difflib.get_close_matches(name, list(known), n=3)
+    hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    return f"no group is named {name!r}; {hint}find_groups lists all {len(known)}"

@@ -1,0 +1,77 @@
+"""The only place where modes, flags, hooks and random state are switched, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Every module in evaluation (or training) mode; each one's own mode comes back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """The global random state after is the one before, on the CPU and any initialised GPU."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention runs as the operations it is made of, not as one fused kernel."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def module_calls(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[str, Any]]]]:
+    """Which module is running, and what each returned.
+
+    Yields a stack whose last entry is the dotted path of the module that is running ("" the root),
+    and a list that grows by (path, output) at each call. A module registered under several names
+    runs under the first.
+    """
+    stack = [""]
+    calls: list[tuple[str, Any]] = []
+    handles: list[Any] = []
+
+    def entering(path: str) -> Callable[..., None]:
+        def pre_hook(*_: Any) -> None:
+            stack.append(path)
+
+        return pre_hook
+
+    def leaving(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            stack.pop()
+            calls.append((path, output))
+
+        return hook
+
+    try:
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(entering(path), prepend=True))
+            handles.append(module.register_forward_hook(leaving(path), always_call=True))
+        yield stack, calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,109 @@
+"""A plan: frozen data that says what stays. It decides nothing and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from thinet.errors import CheckpointError
+from thinet.types import Slice
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """A module attribute that follows the new shapes, such as `in_channels`."""
+
+    module: str
+    attribute: str
+    value: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A module that is replaced before anything is cut, by a named builder of `thinet.surgery`."""
+
+    module: str
+    builder: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a dense model.
+
+    Attributes:
+        keep: for each group that is cut, the units of the dense model that stay.
+        kept: for each parameter dimension that is cut, the indices that stay.
+        attributes: module attributes with their new values.
+        replaced: modules that are replaced before the cut.
+        settings: how the plan was made (criterion, repair, budget), for the record only.
+    """
+
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: tuple[Slice, ...] = ()
+    attributes: tuple[AttributeChange, ...] = ()
+    replaced: tuple[Replacement, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by one that was made for the model it gives."""
+        keep = dict(self.keep)
+        for name, units in later.keep.items():
+            keep[name] = tuple(keep[name][u] for u in units) if name in keep else units
+        kept = {(s.parameter, s.dim): s.indices for s in self.kept}
+        for piece in later.kept:
+            key = (piece.parameter, piece.dim)
+            kept[key] = (
+                tuple(kept[key][i] for i in piece.indices) if key in kept else piece.indices
+            )
+        attributes = {(a.module, a.attribute): a for a in (*self.attributes, *later.attributes)}
+        return Plan(
+            keep=keep,
+            kept=tuple(Slice(name, dim, indices) for (name, dim), indices in kept.items()),
+            attributes=tuple(attributes.values()),
+            replaced=(*self.replaced, *later.replaced),
+            settings={**self.settings, **later.settings},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal plan back."""
+        return {
+            "format": FORMAT,
+            "keep": {name: list(units) for name, units in self.keep.items()},
+            "kept": [[s.parameter, s.dim, list(s.indices)] for s in self.kept],
+            "attributes": [
+                [a.module, a.attribute, list(a.value) if isinstance(a.value, tuple) else a.value]
+                for a in self.attributes
+            ],
+            "replaced": [[r.module, r.builder, dict(r.options)] for r in self.replaced],
+            "settings": dict(self.settings),
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> Plan:
+        """Raises: CheckpointError: this is not a plan, or one of a newer version."""
+        try:
+            if data["format"] != FORMAT:
+                raise CheckpointError(
+                    f"the plan has format {data['format']}, this version of thinet reads format "
+                    f"{FORMAT}; use the version that wrote it"
+                )
+            return Plan(
+                keep={str(k): _ints(v) for k, v in data["keep"].items()},
+                kept=tuple(Slice(str(p), int(d), _ints(i)) for p, d, i in data["kept"]),
+                attributes=tuple(
+                    AttributeChange(str(m), str(a), _ints(v) if isinstance(v, list) else int(v))
+                    for m, a, v in data["attributes"]
+                ),
+                replaced=tuple(Replacement(str(m), str(b), dict(o)) for m, b, o in data["replaced"]),
+                settings=dict(data["settings"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"this is not a thinet plan ({error!r})") from error
+
+
+def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(v) for v in values)

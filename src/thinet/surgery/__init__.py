@@ -1,0 +1,1 @@
+"""Carrying out a plan on a model: slices, attributes, replacements. Nothing is decided here."""

@@ -1,0 +1,116 @@
+"""Module attributes that must follow the shapes of the parameters: one table, type to rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from thinet.plan import AttributeChange
+
+Shape = tuple[int, ...]
+Attributes = dict[str, int | tuple[int, ...]]
+Rule = Callable[[nn.Module, Mapping[str, Shape], bool], Attributes]
+"""(module, new shapes of its own parameters, whole groups go) to new attribute values."""
+
+
+def conv(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    assert isinstance(module, _ConvNd)
+    out, per_group = shapes["weight"][:2]
+    groups = module.groups
+    if whole:
+        groups = out * groups // module.out_channels
+    return {"out_channels": out, "in_channels": per_group * groups, "groups": groups}
+
+
+def conv_transpose(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    assert isinstance(module, _ConvTransposeNd)
+    ins, per_group = shapes["weight"][:2]
+    groups = module.groups
+    if whole:
+        groups = ins * groups // module.in_channels
+    return {"in_channels": ins, "out_channels": per_group * groups, "groups": groups}
+
+
+def linear(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
+
+
+def norm(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"num_features": next(iter(shapes.values()))[0]}
+
+
+def layer_norm(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"normalized_shape": shapes["weight"]}
+
+
+def group_norm(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    assert isinstance(module, nn.GroupNorm)
+    channels = shapes["weight"][0]
+    groups = module.num_groups * channels // module.num_channels if whole else module.num_groups
+    return {"num_channels": channels, "num_groups": groups}
+
+
+def embedding(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"embedding_dim": shapes["weight"][1]}
+
+
+def prelu(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"num_parameters": shapes["weight"][0]}
+
+
+def bilinear(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    out, first, second = shapes["weight"]
+    return {"out_features": out, "in1_features": first, "in2_features": second}
+
+
+TABLE: tuple[tuple[type[nn.Module], Rule], ...] = (
+    (_ConvTransposeNd, conv_transpose),
+    (_ConvNd, conv),
+    (nn.Linear, linear),
+    (_NormBase, norm),
+    (nn.LayerNorm, layer_norm),
+    (nn.RMSNorm, layer_norm),
+    (nn.GroupNorm, group_norm),
+    (nn.Embedding, embedding),
+    (nn.PReLU, prelu),
+    (nn.Bilinear, bilinear),
+)
+
+
+def attribute_changes(
+    model: nn.Module, shapes: Mapping[str, Shape], whole: frozenset[str]
+) -> tuple[AttributeChange, ...]:
+    """The attributes that differ once the parameters have their new shapes.
+
+    Args:
+        shapes: the new shape of every parameter or buffer that is cut, by its first name.
+        whole: paths of modules that lose whole groups and not an index of every group.
+    """
+    from thinet.surgery.apply import named_tensors
+
+    first_name = {id(tensor): name for name, tensor in named_tensors(model)}
+    changes: list[AttributeChange] = []
+    for path, module in model.named_modules():
+        rule = next((rule for kind, rule in TABLE if isinstance(module, kind)), None)
+        if rule is None:
+            continue
+        own = {
+            name: tensor
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+            if tensor is not None and tensor.ndim > 0
+        }
+        if hasattr(module, "parametrizations") and "weight" not in own:
+            originals = module.parametrizations["weight"]  # type: ignore[index]
+            own["weight"] = max(originals.parameters(), key=lambda p: p.ndim)
+        names = {name: first_name[id(tensor)] for name, tensor in own.items()}
+        if not any(first in shapes for first in names.values()):
+            continue
+        new = {name: shapes.get(names[name], tuple(own[name].shape)) for name in own}
+        for attribute, value in rule(module, new, path in whole).items():
+            if getattr(module, attribute) != value:
+                changes.append(AttributeChange(path, attribute, value))
+    return tuple(changes)

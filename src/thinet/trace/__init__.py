@@ -1,0 +1,1 @@
+"""From a running model to groups of coupled channels."""

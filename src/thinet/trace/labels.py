@@ -1,0 +1,263 @@
+"""Channels as labels: each index of each dimension gets a label, and operations join them.
+
+A dimension of a value carries one of:
+  - an integer vector, one label an index: these indices can go, if all of their class can;
+  - `FIXED`: an axis that is never cut (batch, space, model inputs);
+  - `ANY`: an axis made by expanding one entry, which fits whatever it meets.
+
+Two labels that must go together are in one class of a union-find. What may not go is locked, with
+the reason in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from thinet.trace.record import Op, Program, Value, values_of
+
+Vector = npt.NDArray[np.int64]
+
+
+class _Axis:
+    """An axis without labels of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __len__(self) -> int:
+        raise TypeError(f"a {self.name} axis has no labels")
+
+
+FIXED: Final = _Axis("FIXED")
+ANY: Final = _Axis("ANY")
+
+Axis = Vector | _Axis
+Axes = tuple[Axis, ...]
+
+
+def labelled(axis: Axis) -> bool:
+    return isinstance(axis, np.ndarray)
+
+
+class Classes:
+    """Union-find over labels, on whole vectors at a time.
+
+    A class's root is its smallest label, so roots do not depend on the order of joining.
+    """
+
+    def __init__(self) -> None:
+        self._parent: Vector = np.arange(1024, dtype=np.int64)
+        self.count = 0
+        self.locks: list[tuple[Vector, str]] = []
+        self.normalised: list[tuple[Vector, str]] = []
+
+    def fresh(self, n: int) -> Vector:
+        """n new labels, each in a class of its own."""
+        start, self.count = self.count, self.count + n
+        if self.count > len(self._parent):
+            size = max(self.count, 2 * len(self._parent))
+            grown = np.arange(size, dtype=np.int64)
+            grown[: len(self._parent)] = self._parent
+            self._parent = grown
+        return np.arange(start, self.count, dtype=np.int64)
+
+    def find(self, labels: Vector) -> Vector:
+        """The root of each label."""
+        roots = self._parent[labels]
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        self._parent[labels] = roots
+        return roots
+
+    def unify(self, a: Vector, b: Vector) -> None:
+        """Join a[i] with b[i] for every i."""
+        while True:
+            left, right = self.find(a), self.find(b)
+            apart = left != right
+            if not apart.any():
+                return
+            low = np.minimum(left[apart], right[apart])
+            high = np.maximum(left[apart], right[apart])
+            # Where one root meets several, the smallest wins and the next round joins the others.
+            np.minimum.at(self._parent, high, low)
+
+    def lock(self, labels: Vector, reason: str) -> None:
+        """These may not be cut."""
+        self.locks.append((labels, reason))
+
+    def normalise(self, labels: Vector, reason: str) -> None:
+        """Removing one of these changes the others."""
+        self.normalised.append((labels, reason))
+
+
+@dataclass
+class Mixing:
+    """An operation that contracts an activation's channels: a consumer's work.
+
+    `source` is the activation's contracted axis and `weight` the same axis of the parameters (FIXED
+    between two activations), `out` the axis that the parameters make. `factors` are the axes whose
+    sizes multiply to its MACs, `times` the product of all sizes that never change.
+    """
+
+    op: Op
+    source: Axis
+    weight: Axis
+    out: Axis
+    factors: tuple[Axis, ...]
+    times: int
+
+
+@dataclass
+class Labeller:
+    """Walks a program once and fills in the axes of every value by one rule an operation.
+
+    Attributes:
+        choices: module path to what was chosen where a layout leaves a choice ("outer" or "inner"
+            factor of a reshape kept prunable; "whole" or "within" for grouped convolutions).
+        made: choices that this walk met, chosen by the caller or by default.
+    """
+
+    program: Program
+    classes: Classes
+    rules: dict[str, Callable[[Labeller, Op], None]]
+    choices: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, Axes] | None = None
+    axes: dict[int, Axes] = field(default_factory=dict)
+    static: set[int] = field(default_factory=set)
+    mixings: list[Mixing] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Labeller:
+        self.begin()
+        for op in self.program.ops:
+            self.step(op)
+        for value in values_of(self.program.outputs):
+            self.lock_all(value, "it is an output of the model")
+        return self
+
+    def begin(self) -> None:
+        """Label what the model is given: inputs, parameters and buffers."""
+        args, kwargs = self.program.inputs
+        for value in values_of((args, kwargs)):
+            self.axes[value.id] = (FIXED,) * len(value.shape)
+        for value_id, value in self.program.parameters.items():
+            self.axes.setdefault(value_id, self._parameter_axes(value))
+            self.static.add(value_id)
+
+    def step(self, op: Op) -> None:
+        """Label the results of one operation."""
+        for value in op.inputs():
+            if value.id not in self.axes:  # a tensor attribute that nobody registered
+                fresh = tuple(self.classes.fresh(n) for n in value.shape)
+                self.axes[value.id] = fresh
+                self.static.add(value.id)
+                self.lock_all(
+                    value,
+                    f"{op.where} uses a tensor that is neither a parameter nor a buffer; register "
+                    "it with register_buffer so that it can be cut",
+                )
+        if all(value.id in self.static for value in op.inputs()):
+            self.static.update(value.id for value in op.outputs())
+        rule = self.rules.get(op.name)
+        if rule is None:
+            self.refuse(op, f"there is no rule for {op.where} (see docs/adding-an-op.md)")
+        else:
+            rule(self, op)
+
+    def _parameter_axes(self, value: Value) -> Axes:
+        if self.seeds is not None:
+            return self.seeds[self.program.names[value.id]]
+        return tuple(self.classes.fresh(n) for n in value.shape)
+
+    # What rules use
+
+    def of(self, value: Value) -> Axes:
+        return self.axes[value.id]
+
+    def set(self, value: Value, axes: Iterable[Axis]) -> None:
+        """Label a result; a value written in place keeps its labels and joins the new ones."""
+        axes = tuple(axes)
+        assert len(axes) == len(value.shape), (value, axes)
+        if value.id in self.axes:
+            self.axes[value.id] = tuple(
+                self.join(old, new, "a write in place")
+                for old, new in zip(self.axes[value.id], axes, strict=True)
+            )
+        else:
+            self.axes[value.id] = axes
+
+    def join(self, a: Axis, b: Axis, where: str) -> Axis:
+        """Unify two axes of equal size; what meets a fixed axis is locked."""
+        if a is ANY:
+            return b
+        if b is ANY:
+            return a
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            self.classes.unify(a, b)
+            return a
+        for axis in (a, b):
+            if isinstance(axis, np.ndarray):
+                self.classes.lock(axis, f"{where} joins it with an axis that may not be cut")
+        return a if isinstance(a, np.ndarray) else b
+
+    def join_all(self, axes: Sequence[Axis], where: str) -> Axis:
+        joined: Axis = ANY
+        for axis in axes:
+            joined = self.join(joined, axis, where)
+        return joined
+
+    def lock(self, axis: Axis, reason: str) -> Axis:
+        """Lock the labels of an axis; the axis is fixed from here on."""
+        if isinstance(axis, np.ndarray):
+            self.classes.lock(axis, reason)
+        return FIXED
+
+    def lock_all(self, value: Value, reason: str) -> None:
+        for axis in self.of(value):
+            self.lock(axis, reason)
+
+    def refuse(self, op: Op, reason: str) -> None:
+        """Lock everything that an operation touches; always sound."""
+        for value in op.inputs():
+            self.lock_all(value, reason)
+        for value in op.outputs():
+            if value.id not in self.axes:
+                self.axes[value.id] = (FIXED,) * len(value.shape)
+
+    def tie(self, labels: Vector) -> Vector:
+        """Make the labels along the last dimension of a matrix one class a row; the rows' labels."""
+        first = np.ascontiguousarray(labels[..., :1])
+        self.classes.unify(
+            np.broadcast_to(first, labels.shape).reshape(-1).copy(), labels.reshape(-1).copy()
+        )
+        return first[..., 0]
+
+    def choose(self, op: Op, kind: str, default: str) -> str:
+        """The caller's choice for the module that runs this operation, or the default."""
+        key = f"{op.module}:{kind}"
+        self.made.setdefault(key, self.choices.get(key, default))
+        return self.made[key]
+
+    def vector(self, axis: Axis, size: int, reason: str) -> Vector:
+        """An axis as labels: fixed ones become new locked labels."""
+        if isinstance(axis, np.ndarray):
+            return axis
+        fresh = self.classes.fresh(size)
+        if axis is FIXED:
+            self.classes.lock(fresh, reason)
+        return fresh
+
+    def is_static(self, value: Value) -> bool:
+        """Whether the value depends on parameters and constants only."""
+        return value.id in self.static

@@ -1,0 +1,288 @@
+"""Run a model once without computing anything and write down its operations.
+
+The model's copy lives on the `meta` device, so no weight is copied and no number is computed.
+Where the forward code needs a number (`.item()`, data-dependent control flow), the copy runs on
+the model's own tensors instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from thinet.errors import TraceError
+from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
+from thinet.surgery.apply import named_tensors
+from thinet.types import ExampleInputs, as_call
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the program. Values of one `storage` are views of the same memory."""
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+
+    def __repr__(self) -> str:
+        return f"%{self.id}{list(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One aten operation; tensors among its arguments and results are `Value`s."""
+
+    index: int
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Such as `aten.convolution`, without the overload."""
+        return f"{self.func.namespace}.{self.func._opname}"
+
+    @property
+    def where(self) -> str:
+        """For messages: the operation and the module that runs it."""
+        return f"{self.name} in {self.module or 'the model itself'}"
+
+    def inputs(self) -> list[Value]:
+        return values_of((self.args, self.kwargs))
+
+    def outputs(self) -> list[Value]:
+        return values_of(self.result)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Every operation of one forward pass, in order.
+
+    Attributes:
+        inputs: the example inputs' arguments, tensors replaced by values (args, kwargs).
+        outputs: what the model returned, tensors replaced by values.
+        parameters: value id to the first dotted name of a parameter or buffer.
+        constants: value id to a tensor that is none of these (made in the model's constructor).
+        called: for each module call, its path and the values it returned.
+    """
+
+    ops: tuple[Op, ...]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    outputs: Any
+    parameters: Mapping[int, Value]
+    names: Mapping[int, str]
+    constants: Mapping[int, torch.Tensor]
+    called: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+
+
+def values_of(tree: Any) -> list[Value]:
+    """The values in a nest of arguments, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Value)]
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data; the model's own are never copied."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        stores: list[Iterable[Any]] = [
+            module._parameters.values(),
+            module._buffers.values(),
+            module.__dict__.values(),
+        ]
+        for tensor in (t for store in stores for t in store if isinstance(t, torch.Tensor)):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _to_meta(tensor)
+    return copied(model, memo)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy`, with an error that says what could not be copied."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}); thinet never changes the model it "
+            "is given, so copy.deepcopy(model) must work: remove what blocks it (open files, "
+            "generators, non-leaf tensors kept as attributes)"
+        ) from error
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+    )
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def inputs_to_meta(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tree_map(
+        lambda leaf: _to_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
+    )
+
+
+class StoppedError(Exception):
+    """The forward pass stopped; `program` holds the operations until then."""
+
+    def __init__(self, program: Program, error: Exception) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.program = program
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down each operation that reaches the dispatcher."""
+
+    def __init__(self, stack: list[str]) -> None:
+        super().__init__()
+        self.stack = stack
+        self.ops: list[Op] = []
+        self.values: dict[int, Value] = {}
+        self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        key = id(tensor)
+        if key not in self.values:
+            storage = tensor.untyped_storage()._cdata if not tensor.is_sparse else key
+            value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, storage)
+            self.values[key] = value
+            self.alive.append(tensor)
+        return self.values[key]
+
+    def abstract(self, tree: Any) -> Any:
+        return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorded = self.abstract((args, kwargs))
+        result = func(*args, **kwargs)
+        self.ops.append(
+            Op(len(self.ops), func, *recorded, self.abstract(result), self.stack[-1])
+        )
+        return result
+
+
+    def program(
+        self,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        named: Mapping[str, Value],
+        known: int,
+        outputs: Any,
+        calls: Iterable[tuple[str, Any]],
+    ) -> Program:
+        """What was written down; values from number `known` on that no op made are constants."""
+        results = self.abstract(plain(outputs))
+        called = tuple((path, self.abstract(plain(output))) for path, output in calls)
+        made = {v.id for op in self.ops for v in op.outputs()}
+        constants = {
+            value.id: tensor
+            for tensor, value in zip(self.alive, self.values.values(), strict=True)
+            if value.id >= known and value.id not in made
+        }
+        return Program(
+            ops=tuple(self.ops),
+            inputs=given,
+            outputs=results,
+            parameters={value.id: value for value in named.values()},
+            names={value.id: name for name, value in named.items()},
+            constants=constants,
+            called=called,
+        )
+
+
+def record(model: nn.Module, inputs: ExampleInputs, *, training: bool = False) -> Program:
+    """The operations that the model runs on inputs of this shape, in evaluation mode.
+
+    Raises:
+        TraceError: the model does not run on the example inputs.
+    """
+    check_inputs(inputs)
+    with preserved_rng():
+        replica = meta_copy(model)
+        try:
+            return record_replica(replica, inputs_to_meta(inputs), training=training)
+        except Exception:
+            # Some forwards need numbers; run those on a real copy.
+            try:
+                replica = copied(model)
+                real = tree_map(
+                    lambda x: x.clone() if isinstance(x, torch.Tensor) else x, as_call(inputs)
+                )
+                return record_replica(replica, real, training=training)
+            except Exception as error:
+                raise TraceError(
+                    f"{type(model).__name__} does not run on the example inputs "
+                    f"({describe(inputs)}): {error}. Give example_inputs of the shape, type and "
+                    "device that model(example_inputs) accepts"
+                ) from error
+
+
+def record_replica(
+    replica: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, training: bool = False
+) -> Program:
+    """Record a model that may be changed by it, on positional and keyword inputs.
+
+    Raises:
+        StoppedError: the forward pass did not reach its end.
+    """
+    args, kwargs = inputs
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        evaluating(replica, training=training),
+        plain_attention(),
+        module_calls(replica) as (stack, calls),
+    ):
+        warnings.simplefilter("ignore")
+        recorder = _Recorder(stack)
+        named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
+        given = recorder.abstract((args, kwargs))
+        known = len(recorder.values)
+        try:
+            with recorder:
+                outputs = replica(*args, **kwargs)
+        except Exception as error:
+            raise StoppedError(recorder.program(given, named, known, (), ()), error) from error
+        return recorder.program(given, named, known, outputs, calls)
+
+
+def plain(tree: Any) -> Any:
+    """Outputs as tuples, lists and dicts, whatever classes the model wraps them in."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(plain(value) for value in tree)
+    if hasattr(tree, "__dataclass_fields__"):
+        return {key: plain(getattr(tree, key)) for key in tree.__dataclass_fields__}
+    return tree
+
+
+def check_inputs(inputs: ExampleInputs) -> None:
+    if not any(isinstance(x, torch.Tensor) for x in tree_flatten(as_call(inputs))[0]):
+        raise TraceError(
+            f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "
+            "of positional inputs or a dict of keyword inputs"
+        )
+
+
+def describe(inputs: ExampleInputs) -> str:
+    """The shapes of the inputs, for messages."""
+    shapes = [
+        str(tuple(x.shape))
+        for x in tree_flatten(as_call(inputs))[0]
+        if isinstance(x, torch.Tensor)
+    ]
+    return "shapes " + ", ".join(shapes)

@@ -1,0 +1,268 @@
+"""Cut a few units of a copy without weights, trace again, and compare with what the labels say.
+
+Numbers hide in forward code: `x.view(n, 64, -1)`, `x[:, :32]`, a scale computed from a size. Labels
+cannot see them, a second trace can. Every operation of the cut copy must have the results whose
+labels are those of the original less the removed ones, and the same scalar arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from thinet.surgery.apply import apply_plan
+from thinet.trace.groups import Analysis
+from thinet.trace.labels import Axis, Classes, Labeller, Vector
+from thinet.trace.planning import make_plan, removed_classes
+from thinet.trace.record import (
+    Op,
+    Program,
+    StoppedError,
+    Value,
+    copied,
+    inputs_to_meta,
+    record_replica,
+)
+from thinet.trace.rules import RULES
+from thinet.trace.rules.pointwise import BINARY, UNARY
+from thinet.types import ChannelGroup, ExampleInputs
+
+SCALARS_COUNT = frozenset(f"aten.{name}{place}" for name in UNARY + BINARY for place in ("", "_"))
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first operation that does not follow a cut, why, and the classes of labels it meets."""
+
+    reason: str
+    roots: frozenset[int]
+
+
+class _Known(Classes):
+    """The classes of the original; what they say is checked and not changed.
+
+    Labels made during the check fit whatever they meet first.
+    """
+
+    def __init__(self, original: Classes) -> None:
+        super().__init__()
+        self._parent = original._parent.copy()
+        self.count = self.known = original.count
+        self.clashes: list[Vector] = []
+
+    def unify(self, a: Vector, b: Vector) -> None:
+        left, right = self.find(a), self.find(b)
+        new = (left >= self.known) | (right >= self.known)
+        clash = (left != right) & ~new
+        if clash.any():
+            self.clashes.append(np.concatenate([left[clash], right[clash]]))
+        super().unify(a[new], b[new])
+
+    def lock(self, labels: Vector, reason: str) -> None:
+        pass
+
+    def normalise(self, labels: Vector, reason: str) -> None:
+        pass
+
+
+def probe(
+    analysis: Analysis, pristine: nn.Module, inputs: ExampleInputs, keep: Mapping[str, Sequence[int]]
+) -> Mismatch | None:
+    """Cut a copy of the meta model to `keep`, trace it and compare; None where all agrees."""
+    plan = make_plan(analysis, pristine, keep)
+    replica = copied(pristine)
+    apply_plan(replica, plan)
+    stopped: StoppedError | None = None
+    try:
+        program = record_replica(replica, inputs_to_meta(inputs))
+    except StoppedError as error:
+        program, stopped = error.program, error
+    return _compare(analysis, program, stopped, removed_classes(analysis, keep))
+
+
+def _compare(
+    analysis: Analysis, program: Program, stopped: StoppedError | None, gone: Vector
+) -> Mismatch | None:
+    original = analysis.labeller
+    classes = _Known(original.classes)
+    seeds: dict[str, tuple[Axis, ...]] = {}
+    for value_id, name in analysis.program.names.items():
+        axes = []
+        for axis in original.axes[value_id]:
+            assert isinstance(axis, np.ndarray)
+            roots = classes.find(axis)
+            axes.append(roots[~gone[roots]])
+        seeds[name] = tuple(axes)
+    walk = Labeller(program, classes, RULES, choices=original.made, seeds=seeds)
+    walk.begin()
+    ours = analysis.program.ops
+    for old, new in zip(ours, program.ops, strict=False):
+        if old.func is not new.func or old.module != new.module:
+            return Mismatch(
+                f"the forward code takes another way once channels are gone ({old.where} became "
+                f"{new.where})",
+                _roots(original, old),
+            )
+        reason = _step(walk, classes, original, old, new, gone)
+        if reason is not None:
+            met = _roots(original, old)
+            clash = frozenset(np.concatenate(classes.clashes).tolist()) if classes.clashes else None
+            return Mismatch(f"{reason} ({old.where})", clash or met)
+    if stopped is not None:
+        at = ours[min(len(program.ops), len(ours) - 1)]
+        return Mismatch(
+            f"the forward code stops once channels are gone: {_first_line(stopped)} ({at.where})",
+            _roots(original, at),
+        )
+    if len(program.ops) != len(ours):
+        at = ours[min(len(program.ops), len(ours) - 1)]
+        return Mismatch(
+            f"the forward code runs another number of operations once channels are gone "
+            f"({at.where})",
+            frozenset(),
+        )
+    return None
+
+
+def _step(
+    walk: Labeller, classes: _Known, original: Labeller, old: Op, new: Op, gone: Vector
+) -> str | None:
+    if _scalars(old) != _scalars(new):
+        return "the forward code computes a number from the size"
+    try:
+        walk.step(new)
+    except (ValueError, AssertionError, IndexError) as error:
+        return f"the shapes no longer fit: {error}"
+    if classes.clashes:
+        return "the forward code takes channels by number"
+    for before, after in zip(old.outputs(), new.outputs(), strict=True):
+        for dim, expected in enumerate(original.of(before)):
+            reason = _axis(classes, expected, walk.of(after)[dim], before, after, dim, gone)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _axis(
+    classes: _Known,
+    expected: Axis,
+    found: Axis,
+    before: Value,
+    after: Value,
+    dim: int,
+    gone: Vector,
+) -> str | None:
+    if not isinstance(expected, np.ndarray):
+        if found is expected and before.shape[dim] != after.shape[dim] and repr(found) == "FIXED":
+            return f"a size of {before.shape[dim]} became {after.shape[dim]}"
+        return None
+    roots = classes.find(expected)
+    roots = roots[~gone[roots]]
+    if len(roots) != after.shape[dim]:
+        return f"a size of {before.shape[dim]} became {after.shape[dim]} and not {len(roots)}"
+    if isinstance(found, np.ndarray):
+        actual = classes.find(found)
+        wrong = (actual != roots) & (actual < classes.known)
+        if wrong.any():
+            classes.clashes.append(np.concatenate([actual[wrong], roots[wrong]]))
+            return "the forward code takes channels by number"
+    return None
+
+
+def _scalars(op: Op) -> list[float]:
+    leaves = tree_flatten((op.args, op.kwargs))[0]
+    counted = (int, float) if op.name in SCALARS_COUNT else (float,)
+    return [x for x in leaves if isinstance(x, counted) and not isinstance(x, bool)]
+
+
+def _roots(labeller: Labeller, op: Op) -> frozenset[int]:
+    met: set[int] = set()
+    for value in [*op.inputs(), *op.outputs()]:
+        for axis in labeller.axes.get(value.id, ()):
+            if isinstance(axis, np.ndarray):
+                met.update(labeller.classes.find(axis).tolist())
+    return frozenset(met)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def refusals(
+    analysis: Analysis, pristine: nn.Module, inputs: ExampleInputs, *, seed: int = 0
+) -> Iterator[tuple[ChannelGroup, str]]:
+    """Groups that do not follow a cut, each with the reason; the others were seen to follow.
+
+    Units go one at a time, by halves and by random counts from all groups together; where that
+    fails, the groups at the failing operation are tried one by one.
+    """
+    suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
+    rng = np.random.default_rng(seed)
+    for share in ("one", "half", "random"):
+        while suspects:
+            keep = {name: _draw(group, share, rng) for name, group in suspects.items()}
+            mismatch = probe(analysis, pristine, inputs, keep)
+            if mismatch is None:
+                break
+            for group, reason in _culprits(analysis, pristine, inputs, keep, mismatch):
+                del suspects[group.name]
+                yield group, reason
+
+
+def _draw(group: ChannelGroup, share: str, rng: np.random.Generator) -> list[int]:
+    """Units to keep: at least two, where there are three or more."""
+    most = group.channels - (2 if group.channels > 2 else 1)
+    count = {"one": 1, "half": group.channels // 2}.get(share) or int(rng.integers(0, most + 1))
+    gone = set(rng.choice(group.channels, size=min(count, most), replace=False).tolist())
+    return [unit for unit in range(group.channels) if unit not in gone]
+
+
+def _culprits(
+    analysis: Analysis,
+    pristine: nn.Module,
+    inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    mismatch: Mismatch,
+) -> list[tuple[ChannelGroup, str]]:
+    """The groups that fail by themselves; where none does, all that could have to do with it."""
+    near = [
+        name for name in keep if not mismatch.roots.isdisjoint(analysis.roots[name].tolist())
+    ] or list(keep)
+    if len(near) == 1:
+        return [(analysis.group(near[0]), mismatch.reason)]
+    alone = [
+        (analysis.group(name), found.reason)
+        for name in near
+        if (found := probe(analysis, pristine, inputs, {name: keep[name]})) is not None
+    ]
+    if alone:
+        return alone
+    return _halve(analysis, pristine, inputs, keep, near, mismatch)
+
+
+def _halve(
+    analysis: Analysis,
+    pristine: nn.Module,
+    inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    near: Sequence[str],
+    mismatch: Mismatch,
+) -> list[tuple[ChannelGroup, str]]:
+    """Groups that fail only together: the smallest part of them that halving finds."""
+    together = list(near)
+    if probe(analysis, pristine, inputs, {n: keep[n] for n in together}) is None:
+        together = list(keep)
+    while len(together) > 1:
+        middle = len(together) // 2
+        for part in (together[:middle], together[middle:]):
+            found = probe(analysis, pristine, inputs, {n: keep[n] for n in part})
+            if found is not None:
+                together, mismatch = part, found
+                break
+        else:
+            break
+    return [(analysis.group(name), mismatch.reason) for name in together]

@@ -1,0 +1,135 @@
+"""Convolutions and matrix products: what mixes channels and what makes new ones."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from thinet.trace.labels import FIXED, Axis, Labeller, Mixing, Vector, labelled
+from thinet.trace.record import Op, Value
+
+
+def convolution(labels: Labeller, op: Op) -> None:
+    x, weight, bias = op.args[:3]
+    transposed, groups = op.args[6], op.args[8]
+    (out,) = op.outputs()
+    unbatched = len(x.shape) == len(weight.shape) - 1
+    channel = 0 if unbatched else 1
+    source = labels.of(x)[channel]
+    for axis in labels.of(weight)[2:]:
+        labels.lock(axis, f"it is a kernel size of {op.where}")
+    first, second = labels.of(weight)[:2]
+    made, mixed = (second, first) if transposed else (first, second)
+    mixes = True
+    if groups == 1:
+        joined = labels.join(source, mixed, op.where)
+        axis: Axis = made
+        per_group: Axis = joined
+    else:
+        source = labels.vector(source, x.shape[channel], f"{op.where} mixes a fixed axis")
+        axis, per_group, mixes = _grouped(labels, op, source, weight, groups, transposed)
+    if bias is not None:
+        axis = labels.join(axis, labels.of(bias)[0], op.where)
+    axes = list(labels.of(x))
+    axes[channel] = axis
+    for dim in range(channel + 1, len(axes)):
+        axes[dim] = labels.lock(axes[dim], f"{op.where} slides over it")
+    labels.set(out, axes)
+    spatial = prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :])
+    batch = 1 if unbatched else out.shape[0]
+    kernel = prod(weight.shape[2:])
+    labels.mixings.append(
+        Mixing(
+            op=op,
+            source=source if mixes else FIXED,
+            weight=mixed if mixes else FIXED,
+            out=axis,
+            factors=(axis, per_group),
+            times=batch * spatial * kernel,
+        )
+    )
+
+
+def _grouped(
+    labels: Labeller, op: Op, source: Vector, weight: Value, groups: int, transposed: bool
+) -> tuple[Axis, Axis, bool]:
+    """A grouped convolution loses whole groups, or the same index of every group.
+
+    Returns the axis it makes, the axis that each group contracts, and whether it mixes channels
+    of a group that can be cut.
+    """
+    first, second = labels.of(weight)[:2]
+    assert isinstance(first, np.ndarray)
+    per_in = len(source) // groups
+    # Transposed weights are (in, out / groups, ...), plain ones (out, in / groups, ...).
+    per_out = weight.shape[1] if transposed else weight.shape[0] // groups
+    default = "whole" if groups >= per_in else "within"
+    mode = labels.choose(op, "groups", default)
+    rows = source.reshape(groups, per_in)
+    if mode == "whole":
+        reason = f"it is the width of one group of {op.where}"
+        labels.lock(second, reason)
+        own = labels.tie(first.reshape(groups, -1))
+        theirs = labels.tie(rows)
+        labels.classes.unify(own, theirs)
+        return np.repeat(own, per_out) if transposed else first, second, False
+    tied_in = labels.tie(np.ascontiguousarray(rows.T))
+    if transposed:
+        inside = labels.tie(np.ascontiguousarray(first.reshape(groups, per_in).T))
+        labels.classes.unify(inside, tied_in)
+        assert isinstance(second, np.ndarray)
+        return np.tile(second, groups), inside, True
+    labels.tie(np.ascontiguousarray(first.reshape(groups, per_out).T))
+    return first, labels.join(tied_in, second, op.where), True
+
+
+def matmul(labels: Labeller, op: Op) -> None:
+    """mm, bmm and their forms with an addend: (.., n, k) x (.., k, m)."""
+    operands = op.inputs()
+    a, b = operands[-2], operands[-1]
+    (out,) = op.outputs()
+    left, right = labels.of(a), labels.of(b)
+    shared = labels.join(left[-1], right[0 if len(right) == 1 else -2], op.where)
+    batch: list[Axis] = []
+    if len(left) == 3:
+        batch = [labels.join(left[0], right[0], op.where)]
+    axes = [*batch, *left[len(batch) : -1], *(right[-1:] if len(right) > 1 else ())]
+    for addend in operands[:-2]:
+        for back, axis in enumerate(reversed(labels.of(addend)), start=1):
+            if back <= len(axes) and addend.shape[-back] == out.shape[-back]:
+                axes[-back] = labels.join(axes[-back], axis, op.where)
+    labels.set(out, axes)
+    # The static operand is the weight; its free axis is what the layer makes.
+    source, weight, made = shared, FIXED, FIXED
+    if labels.is_static(b):
+        source, weight = left[-1], right[0 if len(right) == 1 else -2]
+        made = right[-1] if len(right) > 1 else FIXED
+    elif labels.is_static(a):
+        source, weight = right[0 if len(right) == 1 else -2], left[-1]
+        made = left[-2] if len(left) > 1 else FIXED
+    factors = [*axes, shared]
+    sizes = [*out.shape, a.shape[-1]]
+    times = prod(n for n, axis in zip(sizes, factors, strict=True) if not labelled(axis))
+    labels.mixings.append(
+        Mixing(op, source, weight, made, tuple(f for f in factors if labelled(f)), times)
+    )
+
+
+def embedding(labels: Labeller, op: Op) -> None:
+    weight, index = op.inputs()[:2]
+    rows, made = labels.of(weight)
+    labels.lock(rows, f"{op.where} looks entries up by number")
+    (out,) = op.outputs()
+    labels.set(out, (*(FIXED for _ in index.shape), made))
+    labels.mixings.append(Mixing(op, FIXED, FIXED, made, (), 0))
+
+
+RULES = {
+    "aten.convolution": convolution,
+    "aten._convolution": convolution,
+    **{f"aten.{n}": matmul for n in ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm")},
+    "aten.addmm_": matmul,
+    "aten.baddbmm_": matmul,
+    "aten.embedding": embedding,
+}

@@ -1,0 +1,160 @@
+"""See that a cut model computes what the original computes with the same channels silenced."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from thinet.errors import VerificationError
+from thinet.observe import evaluating, module_calls, preserved_rng
+from thinet.trace.groups import Analysis
+from thinet.trace.planning import removed_classes
+from thinet.trace.record import copied, plain, values_of
+from thinet.types import ExampleInputs, as_call
+
+TOLERANCE = 1e-4
+"""Largest difference in float32, relative to the largest output."""
+
+
+def verify_cut(
+    model: nn.Module,
+    small: nn.Module,
+    inputs: ExampleInputs,
+    analysis: Analysis,
+    keep: Mapping[str, Sequence[int]],
+) -> None:
+    """Compare both models on the example inputs.
+
+    Networks with wild statistics amplify rounding: where float32 disagrees, float64 decides.
+    Groups that a normalisation couples are not exact by nature and are left out.
+
+    Raises:
+        VerificationError: they differ; the text names the first module whose output does.
+    """
+    coupled = {g.name for g in analysis.groups if g.normalised_over is not None}
+    if coupled.intersection(keep):
+        return
+    silent = silenced(model, analysis, keep)
+    gap = _difference(silent, small, inputs)
+    if gap <= TOLERANCE:
+        return
+    silent, exact_small = silent.double(), copied(small).double()
+    wide = tree_map(
+        lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
+        as_call(inputs),
+    )
+    wide_inputs: ExampleInputs = wide[0] if not wide[1] else wide[1]
+    gap = _difference(silent, exact_small, wide_inputs)
+    if gap <= TOLERANCE * 1e-2:
+        return
+    where = _first_different(silent, exact_small, wide_inputs, analysis, keep)
+    raise VerificationError(
+        f"the cut model differs from the silenced original by {gap:.2g} of the largest output, "
+        f"first in {where}; nothing was returned. Leave out the groups that touch this module, "
+        "and please report the model"
+    )
+
+
+def silenced(
+    model: nn.Module, analysis: Analysis, keep: Mapping[str, Sequence[int]]
+) -> nn.Module:
+    """A copy of the model in which the removed channels reach no consumer.
+
+    The consumers' weights for them are zero; channels that meet in a product of two activations
+    are silenced where they are made.
+    """
+    silent = copied(model)
+    named = dict(silent.named_parameters()) | dict(silent.named_buffers())
+    with torch.no_grad():
+        for group in analysis.groups:
+            if group.name not in keep:
+                continue
+            gone = set(range(group.channels)) - set(keep[group.name])
+            between = any(site.parameter is None for site in group.sites)
+            for member in group.members:
+                if member.role == "consumes" or between:
+                    rows = [i for i, unit in enumerate(member.units) if unit in gone]
+                    index = torch.tensor(rows, device=named[member.parameter].device)
+                    if rows:
+                        named[member.parameter].index_fill_(member.dim, index, 0)
+    return silent
+
+
+def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, Any]]]:
+    args, kwargs = as_call(inputs)
+    cloned = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    with (
+        torch.no_grad(),
+        preserved_rng(),
+        evaluating(model),
+        warnings.catch_warnings(),
+        module_calls(model) as (_, calls),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        output = model(*cloned[0], **cloned[1])
+    return output, calls
+
+
+def _difference(silent: nn.Module, small: nn.Module, inputs: ExampleInputs) -> float:
+    """The largest difference of any output, relative to that output's largest entry."""
+    expected, _ = _run(silent, inputs)
+    try:
+        found, _ = _run(small, inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run on the example inputs: {error}; nothing was returned. "
+            "Please report the model"
+        ) from error
+    worst = 0.0
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() and a.is_floating_point():
+            a, b = a.double(), b.double()
+            same = (a == b) | (a.isnan() & b.isnan())
+            gap = torch.where(same, 0.0, (a - b).abs())
+            finite = a[a.isfinite()].abs()
+            scale = finite.max().clamp_min(1e-30).item() if finite.numel() else 1.0
+            worst = max(worst, gap.max().nan_to_num(torch.inf, torch.inf).item() / scale)
+        elif not torch.equal(a, b):
+            worst = float("inf")
+    return worst
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    tree_map(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, plain(tree))
+    return found
+
+
+def _first_different(
+    silent: nn.Module,
+    small: nn.Module,
+    inputs: ExampleInputs,
+    analysis: Analysis,
+    keep: Mapping[str, Sequence[int]],
+) -> str:
+    """The path of the first module whose output is not the original's less the removed channels."""
+    labeller, gone = analysis.labeller, removed_classes(analysis, keep)
+    _, ours = _run(silent, inputs)
+    _, theirs = _run(small, inputs)
+    traced = analysis.program.called
+    for (path, values), (_, a), (_, b) in zip(traced, ours, theirs, strict=False):
+        for value, left, right in zip(values_of(values), _tensors(a), _tensors(b), strict=False):
+            for dim, axis in enumerate(labeller.of(value)):
+                if isinstance(axis, np.ndarray):
+                    stays = np.flatnonzero(~gone[labeller.classes.find(axis)])
+                    left = left.index_select(dim, torch.from_numpy(stays))
+            close = left.shape == right.shape and torch.allclose(
+                left, right, rtol=1e-6, atol=1e-6 * float(left.abs().max()), equal_nan=True
+            )
+            if not close:
+                return path or "the model's own output"
+    return "no module that could be told apart"
