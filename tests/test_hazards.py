@@ -1,0 +1,130 @@
+"""Every tiny net: the groups worked out by hand, and cuts that are exact or refused."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import thinet
+from tests.more_nets import MixedChannelsNet, every_net
+from tests.nets import Net, PlainVGG
+from tests.oracle import as_double, check, randomise
+
+torch.set_num_threads(1)
+NETS = every_net()
+EXHAUSTIVE = 6
+
+
+def prepared(cls: type[Net]) -> tuple[Net, Any]:
+    torch.manual_seed(0)
+    model = randomise(cls()).double().eval()
+    return model, as_double(model.example())
+
+
+def starts_at(name: str, key: str) -> bool:
+    """Several groups may start at one module; what follows its path is up to the namer."""
+    return name == key or (name.startswith(key) and not name[len(key)].isalnum())
+
+
+def cuttable(groups: Any) -> list[Any]:
+    return [g for g in groups if g.locked is None and g.channels > 1]
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_groups_are_those_worked_out_by_hand(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    groups = thinet.find_groups(model, inputs)
+    listed = set()
+    for key, answer in cls.expected.items():
+        here = [g for g in groups if starts_at(g.name, key)]
+        free = [g.channels for g in cuttable(here)]
+        locks = {g.name: g.locked for g in here if g.locked}
+        listed.update(g.name for g in here)
+        if answer == "locked":
+            assert not free, f"{key} may not be cut, but has unlocked groups of {free} channels"
+        elif isinstance(answer, tuple):
+            assert len(free) == 1 and free[0] in answer, (key, free, answer, locks)
+        elif isinstance(answer, int):
+            assert free == [answer], (key, free, answer, locks)
+    unlisted = [g.name for g in cuttable(groups) if g.name not in listed]
+    assert not unlisted, f"groups that the hand-worked answer does not have: {unlisted}"
+
+
+def choices(channels: int, rng: random.Random) -> list[list[int]]:
+    """Units to remove: all proper subsets of small groups, some of larger ones."""
+    every = range(channels)
+    sizes = [1, channels // 2, channels - 1]
+    some = [list(c) for n in sizes for c in itertools.combinations(every, n)]
+    return some if len(some) <= EXHAUSTIVE else rng.sample(some, EXHAUSTIVE)
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_cuts_are_exact_or_refused(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    rng = random.Random(0)
+    groups = thinet.find_groups(model, inputs)
+    for group in groups:
+        if group.locked is not None:
+            assert len(group.locked) > 10, f"{group.name}: no reason in {group.locked!r}"
+            with pytest.raises(thinet.LockedGroupError):
+                thinet.cut(model, inputs, {group.name: [0]}, verify=False)
+    effects = []
+    for group in cuttable(groups):
+        for units in choices(group.channels, rng):
+            verdict = check(model, inputs, groups, {group.name: units}, thinet.cut)
+            effects.append((verdict.effect, group.name))
+    weak = [name for effect, name in effects if effect < 1e-9]
+    assert len(weak) <= len(effects) // 4, f"silencing changes nothing, so nothing is shown: {weak}"
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_all_groups_cut_at_once(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    rng = random.Random(1)
+    groups = thinet.find_groups(model, inputs)
+    free = cuttable(groups)
+    removed = {g.name: rng.sample(range(g.channels), rng.randint(1, g.channels - 1)) for g in free}
+    if removed:
+        check(model, inputs, groups, removed, thinet.cut)
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_verify_agrees_with_the_oracle(cls: type[Net]) -> None:
+    """`verify=True` accepts a right cut, in the float32 of every day."""
+    model = randomise(cls()).eval()
+    inputs = model.example()
+    for group in cuttable(thinet.find_groups(model, inputs)):
+        thinet.cut(model, inputs, {group.name: range(1, group.channels)}, verify=True)
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_a_cut_model_can_be_cut_again(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    groups = cuttable(thinet.find_groups(model, inputs))
+    for group in groups[:2]:
+        small = thinet.cut(model, inputs, {group.name: range(1, group.channels)}, verify=False)
+        left = thinet.find_groups(small, inputs)
+        for again in cuttable(left)[:2]:
+            check(small, inputs, left, {again.name: [0]}, thinet.cut)
+
+
+@pytest.mark.parametrize("cls", [c for c in NETS if issubclass(c, MixedChannelsNet)])
+def test_mixed_channels_say_which_operation_mixes_them(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    reasons = [g.locked for g in thinet.find_groups(model, inputs) if starts_at(g.name, "conv1")]
+    assert reasons, "a group that cannot be cut is still listed, with its reason"
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_the_batch_size_plays_no_part(batch: int) -> None:
+    """Six images and six channels are not the same six."""
+    model = randomise(PlainVGG()).double().eval()
+    x = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    groups = thinet.find_groups(model, x)
+    free = {g.name: g.channels for g in cuttable(groups)}
+    assert free == PlainVGG.expected
+    check(model, x, groups, {"features.0": [2]}, thinet.cut)
