@@ -103,20 +103,24 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Report:
-    """The report that `to_dict` wrote.
+    """The report that `to_dict` wrote; names beside those of a report are passed over.
 
     Raises:
-        OptionError: a name is missing, unknown, or its value has the wrong type.
+        OptionError: a value is missing or of the wrong type.
     """
     try:
         return Report(
+            title=str(data["title"]),
+            summary=str(data.get("summary", "")),
             networks=tuple(_network(n) for n in data.get("networks", ())),
+            chosen=data.get("chosen"),
             groups=tuple(_group(g) for g in data.get("groups", ())),
-            notes=tuple(data.get("notes", ())),
-            facts=tuple(dict(data.get("facts", {})).items()),
-            **{k: v for k, v in data.items() if k not in ("networks", "groups", "notes", "facts")},
+            notes=tuple(str(n) for n in data.get("notes", ())),
+            facts=tuple((str(k), str(v)) for k, v in dict(data.get("facts", {})).items()),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise OptionError(f"not a report of thinet: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
         raise OptionError(f"not a report of thinet: {error}") from error
