@@ -7,17 +7,16 @@ from torch import Tensor
 
 from thinet.errors import RepairError
 
-_JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
+_JITTERS = (0.0, 1e-10, 1e-8, 1e-6)
 _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on earlier columns
 
 
-def cholesky(matrix: Tensor, name: str, *, jitter: bool = True) -> tuple[Tensor, float]:
+def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
     """Lower factor of a positive semi-definite matrix, its diagonal raised as little as needed.
 
     Args:
         matrix: (d, d) float64.
         name: whose system it is, for the error.
-        jitter: False refuses a singular matrix instead.
 
     Returns:
         The factor of `matrix + added * I` and `added`.
@@ -33,7 +32,7 @@ def cholesky(matrix: Tensor, name: str, *, jitter: bool = True) -> tuple[Tensor,
         )
     diagonal = matrix.diagonal()
     scale = float(diagonal.mean()) if len(diagonal) else 0.0
-    for step in _JITTERS if jitter else (0.0,):
+    for step in _JITTERS:
         added = step * scale if scale > 0 else step
         raised = matrix.clone()
         raised.diagonal().add_(added)

@@ -1,0 +1,105 @@
+"""ThiNet's objective as a small matrix, against the sum over samples that it stands for."""
+
+import itertools
+
+import pytest
+import torch
+
+from thinet.calibrate import gram as gram_module
+from thinet.calibrate.gram import (
+    fold_units,
+    gram,
+    gram_route,
+    gram_rows,
+    output_energy,
+    unit_sums,
+)
+
+ROWS, OUTPUTS, CHANNELS, TAPS = 40, 5, 6, 4
+
+
+@pytest.fixture
+def sampled() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """phi (rows, C taps), W (N, C, 2, 2), and the parts x (rows, N, C) by plain sums."""
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(ROWS, CHANNELS * TAPS, generator=generator, dtype=torch.float64) + 0.3
+    weight = torch.randn(OUTPUTS, CHANNELS, 2, 2, generator=generator, dtype=torch.float64)
+    parts = torch.zeros(ROWS, OUTPUTS, CHANNELS, dtype=torch.float64)
+    for r, n, c, t in itertools.product(*map(range, (ROWS, OUTPUTS, CHANNELS, TAPS))):
+        parts[r, n, c] += phi[r, c * TAPS + t] * weight[n, c].flatten()[t]
+    return phi, weight, parts
+
+
+@pytest.mark.parametrize("panel", [1, 9, 512])
+def test_every_removed_set_costs_what_its_samples_say(sampled, panel, monkeypatch):
+    monkeypatch.setattr(gram_module, "_PANEL", panel)
+    phi, weight, parts = sampled
+    found = gram(phi.T @ phi / ROWS, weight)
+    for size in range(CHANNELS + 1):
+        for removed in itertools.combinations(range(CHANNELS), size):
+            lost = parts[..., list(removed)].sum(-1).square().sum() / ROWS
+            chosen = torch.zeros(CHANNELS, dtype=torch.float64)
+            chosen[list(removed)] = 1
+            torch.testing.assert_close(chosen @ found @ chosen, lost)
+
+
+def test_the_whole_gram_is_the_output_energy(sampled):
+    phi, weight, parts = sampled
+    second = phi.T @ phi / ROWS
+    energy = parts.sum(-1).square().sum().item() / ROWS
+    assert output_energy(second, weight) == pytest.approx(energy)
+    assert gram(second, weight).sum().item() == pytest.approx(energy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_weights(sampled, dtype):
+    phi, weight, _ = sampled
+    low = weight.to(dtype)
+    want = gram(phi.T @ phi, low.double())
+    torch.testing.assert_close(gram(phi.T @ phi, low), want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 200, 1 << 23])
+def test_gram_rows_is_the_same_without_second_moments(sampled, block, monkeypatch):
+    monkeypatch.setattr(gram_module, "_ROW_BLOCK", block)
+    phi, weight, _ = sampled
+    torch.testing.assert_close(gram_rows(phi, weight), gram(phi.T @ phi, weight))
+
+
+def test_units_of_several_channels_and_channels_of_no_unit(sampled):
+    phi, weight, parts = sampled
+    units = torch.tensor([2, -1, 0, 2, 0, 2])  # unit 1 and 3 have no channel here
+    by_unit = torch.zeros(ROWS, OUTPUTS, 4, dtype=torch.float64)
+    for channel, unit in enumerate(units.tolist()):
+        if unit >= 0:
+            by_unit[..., unit] += parts[..., channel]
+    want = torch.einsum("rnu,rnv->uv", by_unit, by_unit)
+    torch.testing.assert_close(gram(phi.T @ phi, weight, units, 4), want)
+    torch.testing.assert_close(gram_rows(phi, weight, units, 4), want)
+    torch.testing.assert_close(unit_sums(parts.flatten(0, 1), units, 4), by_unit.flatten(0, 1))
+    assert fold_units(torch.eye(6), units).shape == (3, 3)
+
+
+def test_gamma_weighs_outputs(sampled):
+    phi, weight, parts = sampled
+    generator = torch.Generator().manual_seed(1)
+    gradients = torch.randn(30, OUTPUTS, generator=generator, dtype=torch.float64)
+    gamma = gradients.T @ gradients / 30
+    want = torch.einsum("rnc,nm,rmd->cd", parts, gamma, parts)
+    torch.testing.assert_close(gram(phi.T @ phi, weight, gamma=gamma), want)
+    root = torch.linalg.cholesky(gamma)
+    torch.testing.assert_close(gram_rows(phi, torch.einsum("nm,nc...->mc...", root, weight)), want)
+
+
+def test_linear_weights_have_one_tap(sampled):
+    phi, weight, _ = sampled
+    flat = weight.flatten(1)
+    units = torch.arange(CHANNELS).repeat_interleave(TAPS)
+    second = phi.T @ phi
+    torch.testing.assert_close(gram(second, flat, units), gram(second, weight))
+
+
+def test_the_cheaper_route_is_taken():
+    assert gram_route(columns=4608, outputs=512, units=512, rows=5000) == "second"
+    assert gram_route(columns=4608, outputs=10, units=512, rows=10) == "rows"
+    assert gram_route(columns=25088, outputs=4096, units=512, rows=5000) == "rows"
