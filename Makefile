@@ -9,6 +9,8 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e
+FRESH = $(BIN)/python -c '$(NEW_ENOUGH)' || { echo "thinet needs Python 3.11 or newer; $(VENV) has" \
+	"$$($(BIN)/python --version 2>&1): make clean, then again" >&2; exit 2; }
 
 .PHONY: demo test check format clean
 .DELETE_ON_ERROR:
@@ -36,10 +38,12 @@ $(VENV)/bin/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(FRESH)
 	$(INSTALL) ".[demo]"
 	@touch $@
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(FRESH)
 	$(INSTALL) ".[test]"
 	@touch $@ $(VENV)/.demo-installed
 

@@ -1,0 +1,15 @@
+"""The command line: one file a subcommand, each a thin layer over the library's verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `thinet`; always ends the process with an exit code.
+
+    0 done, 2 something that the user can mend (one message, no traceback), 130 interrupted.
+    """
+    from thinet.cli.app import run
+
+    raise SystemExit(run(arguments))

@@ -1,0 +1,80 @@
+"""The list of subcommands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from thinet.cli import console
+from thinet.cli.bench import bench
+from thinet.cli.demo import demo
+from thinet.cli.evaluate import evaluate
+from thinet.cli.finetune import finetune
+from thinet.cli.inspect import inspect
+from thinet.cli.prune import prune
+from thinet.cli.report import report
+from thinet.errors import ThinetError
+
+app = typer.Typer(
+    name="thinet",
+    help="Make trained networks physically smaller: whole channels, verified, repaired.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (demo, inspect, prune, finetune, evaluate, bench, report):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+) -> None:
+    if version:
+        from thinet import __version__
+
+        console.out.print(f"thinet {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (that of the process by default) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    console.reset()
+    try:
+        code = app(arguments, prog_name="thinet", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except ThinetError as error:
+        return _fail(type(error).__name__, str(error), as_json)
+    except OSError as error:
+        return _fail(type(error).__name__, _of_the_system(error), as_json)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the command line's own
+            raise
+        hint = f"`thinet {' '.join(arguments[:1])} --help` shows how" if arguments else ""
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        return _fail("UsageError", f"{message} {hint}".strip(), as_json)
+    if code == 130:
+        console.err.print(f"interrupted: {console.kept()}", style="yellow", highlight=False)
+        if as_json:
+            print(json.dumps({"error": {"type": "Interrupted", "message": console.kept()}}))  # noqa: T201
+    return code if isinstance(code, int) else 0
+
+
+def _of_the_system(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
+
+
+def _fail(kind: str, message: str, as_json: bool) -> int:
+    console.err.print("error: ", style="bold red", end="")
+    console.err.print(message, markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": message}}))  # noqa: T201
+    return 2

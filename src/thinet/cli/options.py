@@ -1,0 +1,78 @@
+"""Arguments that several subcommands share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thinet.errors import OptionError
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`torchvision:resnet50`, `timm:NAME`, or `path/file.py:function` (a function that "
+        "takes no arguments and returns the dense network).",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights: a safetensors file or a state dict that loads with weights_only. A file "
+        "written by thinet is cut to its own widths first. Default: the model as it is made.",
+    ),
+]
+Data = Annotated[
+    Path,
+    typer.Argument(metavar="DATA", help="Folder with one folder of images a class."),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(metavar="PIXELS", help="Side of the input. Default: the model's own, else 224."),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Mean of each channel, 0..1. Default: the model's own."),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Deviation of each channel, 0..1. Default: likewise."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images in a batch.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="`cpu`, `cuda`, `cuda:1`, ... Default: the first GPU, else the CPU."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Also write the result as .html, .md or .json.",
+    ),
+]
+
+
+def triple(name: str, text: str | None) -> tuple[float, float, float] | None:
+    """Three numbers separated by commas (one number stands for all three).
+
+    Raises:
+        OptionError: it is anything else.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3:
+        raise OptionError(f"--{name} takes three numbers such as 0.485,0.456,0.406, got {text!r}")
+    return numbers[0], numbers[1], numbers[2]
