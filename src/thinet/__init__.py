@@ -1,8 +1,8 @@
 """Make trained PyTorch networks physically smaller.
 
 Whole channels go, chosen by what the next layer loses (ThiNet, Luo, Wu, Lin, ICCV 2017); the next
-layer is refitted by least squares; the result is an ordinary module of smaller layers. Every name
-below is loaded on first use, so that `import thinet` costs next to nothing beyond `import torch`.
+layer is refitted by least squares; the result is an ordinary module of smaller layers. What needs
+more than torch and numpy is loaded on first use, so that `import thinet` stays light.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Verbs that share their file's name are loaded here, so that the name is always the verb.
+from thinet import errors as errors
+from thinet.count import count as count
+from thinet.cut import cut as cut
+from thinet.errors import ThinetError as ThinetError
+from thinet.timing import Latency as Latency
+from thinet.timing import latencies as latencies
+from thinet.timing import latency as latency
+from thinet.trace.analyse import find_groups as find_groups
+from thinet.types import ChannelGroup as ChannelGroup
+from thinet.types import Counts as Counts
+from thinet.types import Slice as Slice
+
 if TYPE_CHECKING:
-    from thinet import errors as errors
-    from thinet.errors import ThinetError as ThinetError
-    from thinet.types import ChannelGroup as ChannelGroup
-    from thinet.types import Counts as Counts
-    from thinet.types import Slice as Slice
+    pass
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ChannelGroup": "thinet.types",
-    "Counts": "thinet.types",
-    "Slice": "thinet.types",
-    "ThinetError": "thinet.errors",
-    "errors": "thinet",
-}
-"""Where each public name is defined: the whole list of them."""
+_LAZY: dict[str, str] = {}
+"""Names that are loaded on first use, and where they are defined."""
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _LAZY:
         raise AttributeError(f"module 'thinet' has no attribute {name!r}")
-    if home == __name__:
-        return import_module(f"thinet.{name}")
-    found = getattr(import_module(home), name)
+    found = getattr(import_module(_LAZY[name]), name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    return sorted({*globals(), *_LAZY})
