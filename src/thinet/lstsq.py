@@ -10,6 +10,8 @@ from thinet.errors import RepairError
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6)
 _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on earlier columns
 
+_CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
+
 
 def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
     """Lower factor of a positive semi-definite matrix, its diagonal raised as little as needed.
@@ -105,8 +107,11 @@ def solve_full(
     second, mean, cross = second.double(), mean.double(), cross.double()
     y_mean, prior = y_mean.double(), prior.double()
     if intercept:
+        energy = second.diagonal()
         second = torch.addr(second, mean, mean, alpha=-1)
         cross = torch.addr(cross, mean, y_mean, alpha=-1)
+        constant = second.diagonal().abs() <= _CONSTANT * energy.abs()
+        second[constant], second[:, constant], cross[constant] = 0, 0, 0
     # The change from the prior is the unknown, so that what is singular moves nothing.
     lost = cross - second @ prior.T
     system = second.clone()

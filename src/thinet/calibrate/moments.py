@@ -17,14 +17,15 @@ from thinet.errors import CalibrationError
 _ROWS = 8192  # rows multiplied in the rows' own precision before the float64 sum
 _LIMIT = 1e16  # float32 values from here on overflow in sums of squares
 _PANEL = 192  # columns in a block of the triangle that is computed
-_FIELDS = ("second_sum", "phi_sum", "cross_sum", "y_sum", "yy_sum", "rows")
+_FIELDS = ("second", "phi", "cross", "y", "yy", "rows")
 
 
 class Moments:
     """Sums over rows of phi (rows, d) and, optionally, of targets y (rows, N).
 
     Products are taken in the rows' precision (at least float32) over blocks of rows, sums in
-    float64. Only one triangle of phi' phi is computed.
+    float64, of rows from which the mean of the first ones is subtracted, so that a covariance
+    stays exact where means are large. Only one triangle of phi' phi is computed.
 
     Args:
         columns: d.
@@ -45,19 +46,20 @@ class Moments:
 
         self.where = where
         self.rows = 0
-        self._upper = zeros(columns, columns)  # lower blocks are stale until `second_sum` is read
-        self.phi_sum = zeros(columns)
-        self.cross_sum = zeros(columns, targets)
-        self.y_sum = zeros(targets)
-        self.yy_sum = zeros(targets)
+        # All sums are of phi - shift and y - y_shift; lower blocks of _upper are stale.
+        self._upper = zeros(columns, columns)
+        self._phi, self._cross = zeros(columns), zeros(columns, targets)
+        self._y, self._yy = zeros(targets), zeros(targets)
+        self._shift, self._y_shift = zeros(columns), zeros(targets)
+        self._shifted = False
 
     @property
     def columns(self) -> int:
-        return len(self.phi_sum)
+        return len(self._phi)
 
     @property
     def targets(self) -> int:
-        return len(self.y_sum)
+        return len(self._y)
 
     def add(self, phi: Tensor, y: Tensor | None = None) -> None:
         """Add rows.
@@ -81,16 +83,34 @@ class Moments:
         self._check_finite(phi, "input")
         if y is not None:
             self._check_finite(y, "output")
+        if not self._shifted and len(phi):
+            self._move(_first_mean(phi), self._y_shift if y is None else _first_mean(y))
+            self._shifted = True
         for start in range(0, len(phi), _ROWS):
-            block = phi[start : start + _ROWS]
+            block = phi[start : start + _ROWS] - self._shift.to(phi.dtype)
             _add_upper(self._upper, block)
-            self.phi_sum += block.sum(0)
+            self._phi += block.sum(0)
             if y is not None:
-                target = y[start : start + _ROWS]
-                self.cross_sum += block.T @ target
-                self.y_sum += target.sum(0)
-                self.yy_sum += target.square().sum(0)
+                target = y[start : start + _ROWS] - self._y_shift.to(y.dtype)
+                self._cross += block.T @ target
+                self._y += target.sum(0)
+                self._yy += target.square().sum(0)
         self.rows += len(phi)
+
+    def _move(self, shift: Tensor, y_shift: Tensor) -> None:
+        """Make all sums those about another shift."""
+        step, y_step = shift - self._shift, y_shift - self._y_shift
+        self._shift, self._y_shift = shift, y_shift
+        if not self.rows:
+            return
+        self._upper -= torch.outer(step, self._phi)
+        self._cross -= torch.outer(step, self._y)
+        self._yy -= 2 * y_step * self._y
+        self._phi -= self.rows * step
+        self._y -= self.rows * y_step
+        self._upper -= torch.outer(self._phi, step)
+        self._cross -= torch.outer(self._phi, y_step)
+        self._yy += self.rows * y_step.square()
 
     def _check_finite(self, values: Tensor, side: str) -> None:
         limit = _LIMIT if values.dtype == torch.float32 else float("inf")
@@ -103,9 +123,8 @@ class Moments:
             "calibration images and the weights before this layer"
         )
 
-    @property
-    def second_sum(self) -> Tensor:
-        """(d, d) sum of phi phi', float64."""
+    def _centred(self) -> Tensor:
+        """(d, d) sum of (phi - shift)(phi - shift)', both triangles."""
         for start in range(0, self.columns, _PANEL):
             stop = start + _PANEL
             self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
@@ -114,49 +133,52 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """(d, d) mean of phi phi'."""
-        return self.second_sum / self._counted()
+        mean = self.mean
+        return self.covariance().addr_(mean, mean)
 
     @property
     def mean(self) -> Tensor:
         """(d,) mean of phi."""
-        return self.phi_sum / self._counted()
+        return self._phi / self._counted() + self._shift
 
     @property
     def cross(self) -> Tensor:
         """(d, N) mean of phi y'."""
-        return self.cross_sum / self._counted()
+        return self.cross_covariance().addr_(self.mean, self.y_mean)
 
     @property
     def y_mean(self) -> Tensor:
         """(N,) mean of y."""
-        return self.y_sum / self._counted()
+        return self._y / self._counted() + self._y_shift
 
     @property
     def y_energy(self) -> Tensor:
         """(N,) mean of y^2."""
-        return self.yy_sum / self._counted()
+        return self.y_variance() + self.y_mean.square()
 
     def covariance(self) -> Tensor:
         """(d, d) mean of (phi - mean)(phi - mean)'."""
-        mean = self.mean
-        return self.second.addr_(mean, mean, alpha=-1)
+        offset = self._phi / self._counted()
+        return (self._centred() / self.rows).addr_(offset, offset, alpha=-1)
 
     def cross_covariance(self) -> Tensor:
         """(d, N) mean of (phi - mean)(y - mean)'."""
-        return self.cross.addr_(self.mean, self.y_mean, alpha=-1)
+        count = self._counted()
+        return (self._cross / count).addr_(self._phi / count, self._y / count, alpha=-1)
 
     def y_variance(self) -> Tensor:
         """(N,) variance of y."""
-        return (self.y_energy - self.y_mean.square()).clamp_(min=0)
+        count = self._counted()
+        return (self._yy / count - (self._y / count).square()).clamp_(min=0)
 
     def select(self, columns: Tensor) -> Moments:
         """The moments of some of the columns, as if only these had been added."""
-        part = Moments(0, where=self.where, device=self.phi_sum.device)
-        part.rows = self.rows
-        part._upper = self.second_sum[columns][:, columns]
-        part.phi_sum = self.phi_sum[columns]
-        part.cross_sum = self.cross_sum[columns]
-        part.y_sum, part.yy_sum = self.y_sum.clone(), self.yy_sum.clone()
+        part = Moments(0, where=self.where, device=self._phi.device)
+        part.rows, part._shifted = self.rows, self._shifted
+        part._upper = self._centred()[columns][:, columns]
+        part._phi, part._cross = self._phi[columns], self._cross[columns]
+        part._y, part._yy = self._y.clone(), self._yy.clone()
+        part._shift, part._y_shift = self._shift[columns], self._y_shift.clone()
         return part
 
     def merge(self, other: Moments) -> None:
@@ -170,24 +192,28 @@ class Moments:
                 f"{self.where}: moments of {other.columns} columns and {other.targets} targets "
                 f"cannot be added to {self.columns} columns and {self.targets} targets"
             )
-        self._upper += other.second_sum.to(self._upper.device)
-        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
-            mine += theirs.to(mine.device)
+        theirs = other.select(torch.arange(other.columns, device=other._phi.device))
+        theirs._move(self._shift.to(theirs._phi.device), self._y_shift.to(theirs._y.device))
+        self._centred()
+        for sums, more in zip(self._sums(), theirs._sums(), strict=True):
+            sums += more.to(sums.device)
         self.rows += other.rows
 
     def all_reduce(self) -> None:
         """Sum over all processes, if `torch.distributed` runs; else nothing to do."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        rows = torch.tensor(self.rows, device=self.phi_sum.device)
-        for sums in (self._upper, *self._sums(), rows):
+        self._unshift()
+        rows = torch.tensor(self.rows, device=self._phi.device)
+        for sums in (*self._sums(), rows):
             dist.all_reduce(sums)
         self.rows = int(rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums by name, to be written to a file; `from_tensors` is the way back."""
-        rows = torch.tensor(self.rows)
-        return dict(zip(_FIELDS, (self.second_sum, *self._sums(), rows), strict=True))
+        """Plain sums by name, to be written to a file; `from_tensors` is the way back."""
+        plain = self.select(torch.arange(self.columns, device=self._phi.device))
+        plain._unshift()
+        return dict(zip(_FIELDS, (*plain._sums(), torch.tensor(self.rows)), strict=True))
 
     @classmethod
     def from_tensors(cls, sums: dict[str, Tensor], *, where: str = "the moments") -> Moments:
@@ -199,14 +225,20 @@ class Moments:
         missing = [name for name in _FIELDS if name not in sums]
         if missing:
             raise CalibrationError(f"{where}: no {', '.join(missing)} among the stored sums")
-        upper, phi, cross, y, yy = (sums[name].to(torch.float64).clone() for name in _FIELDS[:-1])
-        found = cls(0, where=where)
-        found._upper, found.phi_sum, found.cross_sum = upper, phi, cross
-        found.y_sum, found.yy_sum, found.rows = y, yy, int(sums["rows"])
+        stored = [sums[name].to(torch.float64).clone() for name in _FIELDS[:-1]]
+        columns, targets = stored[2].shape
+        found = cls(columns, targets, where=where, device=stored[0].device)
+        found._upper, found._phi, found._cross, found._y, found._yy = stored
+        found.rows = int(sums["rows"])
         return found
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self.phi_sum, self.cross_sum, self.y_sum, self.yy_sum
+        return self._upper, self._phi, self._cross, self._y, self._yy
+
+    def _unshift(self) -> None:
+        self._centred()
+        self._move(torch.zeros_like(self._shift), torch.zeros_like(self._y_shift))
+        self._shifted = False
 
     def _counted(self) -> int:
         if not self.rows:
@@ -216,6 +248,10 @@ class Moments:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _first_mean(values: Tensor) -> Tensor:
+    return values[:_ROWS].mean(0).float().double()  # a float32, so that float32 rows lose nothing
 
 
 def _add_upper(total: Tensor, block: Tensor) -> None:

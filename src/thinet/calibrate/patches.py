@@ -130,7 +130,7 @@ def output_rows(y: Tensor, geometry: Geometry, positions: Tensor | None = None) 
 
 
 def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> Tensor:
-    """The consumer's input at output positions, so that `phi @ W.flatten(1).T + bias` is its output.
+    """The consumer's input at output positions: `phi @ W.flatten(1).T + bias` is its output.
 
     Only the windows asked for are read; nothing of the size of a full unfold is made for sampled
     positions.

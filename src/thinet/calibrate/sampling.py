@@ -14,8 +14,8 @@ def paper_rows(
     """Split randomly drawn outputs of a consumer into the parts that its input channels make.
 
     Each draw takes one random filter n and one random output position, with replacement, as the
-    authors do (10 draws for each of 10 images a class): x_c = sum over taps of W[n, c] * phi[c], and
-    the row's sum over c is the output without its bias. The mean of the rows' outer products
+    authors do (10 draws for each of 10 images a class): x_c = sum over taps of W[n, c] * phi[c],
+    and the row's sum over c is the output without its bias. The mean of the rows' outer products
     estimates G / N, with G the exact gram over all N filters.
 
     Args:

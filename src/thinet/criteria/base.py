@@ -12,9 +12,7 @@ from torch import Tensor
 
 from thinet.errors import CalibrationError, OptionError
 
-Need = Literal[
-    "gram", "hessians", "weights", "filters", "zeros", "taylor", "taylor_fo", "bn_scale"
-]
+Need = Literal["gram", "hessians", "weights", "filters", "zeros", "taylor", "taylor_fo", "bn_scale"]
 """What a criterion looks at; `weights` are the consumers' weights, `hessians` their moments too."""
 
 
@@ -179,9 +177,7 @@ def get(name: str) -> Criterion:
         return _TABLE[name]
     near = difflib.get_close_matches(str(name), _TABLE, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise OptionError(
-        f"unknown criterion {name!r}; {hint or 'there are ' + ', '.join(_TABLE)}"
-    )
+    raise OptionError(f"unknown criterion {name!r}; {hint or 'there are ' + ', '.join(_TABLE)}")
 
 
 def by_score(stats: GroupStatistics, scores: Tensor) -> Order:

@@ -1,8 +1,8 @@
 """Group-wise Brain Damage (Lebedev and Lempitsky, CVPR 2016), as a score of whole channels.
 
 The paper drives single taps of an input map to zero: groups {K[n, c, s] for all outputs n} of the
-consumer's kernel K, with the penalty sum over c, s of || K[:, c, s] ||. The channel form adds up the
-penalty of all taps s of an input channel c.
+consumer's kernel K, with the penalty sum over c, s of || K[:, c, s] ||. The channel form adds up
+the penalty of all taps s of an input channel c.
 """
 
 from __future__ import annotations

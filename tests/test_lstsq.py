@@ -1,0 +1,148 @@
+"""Repair solvers against torch.linalg.lstsq on stored float64 rows."""
+
+import pytest
+import torch
+
+from thinet.calibrate.moments import Moments
+from thinet.errors import RepairError
+from thinet.lstsq import cholesky, solve_full, solve_scale
+
+ROWS, COLUMNS, OUTPUTS = 80, 9, 4
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def moments_of(phi: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    seen = Moments(phi.shape[1], target.shape[1])
+    seen.add(phi, target)
+    return seen.second, seen.mean, seen.cross, seen.y_mean
+
+
+@pytest.fixture
+def phi() -> torch.Tensor:
+    return random(ROWS, COLUMNS) + 2  # means far from zero, so that the intercept matters
+
+
+@pytest.fixture
+def target(phi) -> torch.Tensor:
+    return phi @ random(COLUMNS, OUTPUTS, seed=1) + 5 + 0.1 * random(ROWS, OUTPUTS, seed=2)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_no_ridge_is_plain_least_squares(phi, target, intercept):
+    prior = random(OUTPUTS, COLUMNS, seed=3)
+    weight, bias = solve_full(*moments_of(phi, target), prior, ridge=0, intercept=intercept)
+    design = torch.cat([phi, torch.ones(ROWS, 1)], 1) if intercept else phi
+    want = torch.linalg.lstsq(design, target).solution
+    torch.testing.assert_close(weight, want[:COLUMNS].T)
+    torch.testing.assert_close(bias, want[COLUMNS] if intercept else torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_ridge_pulls_to_the_prior(phi, target, ridge):
+    prior = random(OUTPUTS, COLUMNS, seed=3)
+    weight, bias = solve_full(*moments_of(phi, target), prior, ridge=ridge)
+    centred, wanted = phi - phi.mean(0), target - target.mean(0)
+    strength = (ridge * centred.square().mean() * ROWS).sqrt()
+    want = torch.linalg.lstsq(
+        torch.cat([centred, strength * torch.eye(COLUMNS, dtype=torch.float64)]),
+        torch.cat([wanted, strength * prior.T]),
+    ).solution
+    torch.testing.assert_close(weight, want.T)
+    torch.testing.assert_close(bias, target.mean(0) - weight @ phi.mean(0))
+
+
+def test_an_endless_ridge_leaves_the_prior(phi, target):
+    prior = random(OUTPUTS, COLUMNS, seed=3)
+    weight, bias = solve_full(*moments_of(phi, target), prior, ridge=1e12)
+    torch.testing.assert_close(weight, prior)
+    torch.testing.assert_close(bias, (target - phi @ prior.T).mean(0))
+
+
+@pytest.mark.parametrize("hazard", ["dead", "constant", "twin"])
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+def test_columns_that_tell_nothing_keep_the_fit_and_their_weights(phi, target, hazard, ridge):
+    if hazard == "twin":
+        phi[:, 3] = phi[:, 5]
+    else:
+        phi[:, 3] = 0.0 if hazard == "dead" else 7.0
+    prior = random(OUTPUTS, COLUMNS, seed=3)
+    weight, bias = solve_full(*moments_of(phi, target), prior, ridge=ridge)
+    design = torch.cat([phi, torch.ones(ROWS, 1)], 1)
+    best = design @ torch.linalg.lstsq(design, target, driver="gelsd").solution
+    spread = target.std().item()
+    torch.testing.assert_close(phi @ weight.T + bias, best, atol=1e-3 * spread, rtol=0)
+    if hazard == "twin":  # nearest to the prior: both twins move alike
+        moved = weight - prior
+        torch.testing.assert_close(moved[:, 3], moved[:, 5], atol=1e-4, rtol=0)
+    else:
+        torch.testing.assert_close(weight[:, 3], prior[:, 3], atol=1e-4, rtol=0)
+
+
+def test_fewer_rows_than_columns_fit_exactly_without_wild_weights():
+    phi, target = random(5, COLUMNS), random(5, OUTPUTS, seed=1)
+    prior = torch.zeros(OUTPUTS, COLUMNS, dtype=torch.float64)
+    weight, bias = solve_full(*moments_of(phi, target), prior, ridge=0)
+    torch.testing.assert_close(phi @ weight.T + bias, target, atol=1e-5, rtol=0)
+    design = phi - phi.mean(0)
+    least = torch.linalg.lstsq(design, target - target.mean(0), driver="gelsd").solution.T
+    torch.testing.assert_close(weight, least, atol=1e-5, rtol=0)
+
+
+def test_kept_columns_make_up_for_the_removed_ones(phi):
+    dense = random(OUTPUTS, COLUMNS, seed=4)
+    kept = torch.tensor([0, 2, 3, 7])
+    seen = Moments(COLUMNS, OUTPUTS)
+    seen.add(phi, phi @ dense.T)
+    part = seen.select(kept)
+    weight, bias = solve_full(
+        part.second, part.mean, part.cross, part.y_mean, dense[:, kept], ridge=0
+    )
+    lost = (phi[:, kept] @ weight.T + bias - phi @ dense.T).square().sum()
+    design = torch.cat([phi[:, kept], torch.ones(ROWS, 1)], 1)
+    solution = torch.linalg.lstsq(design, phi @ dense.T).solution
+    want = (design @ solution - phi @ dense.T).square().sum()
+    torch.testing.assert_close(lost, want)
+
+
+def test_scale_is_least_squares_over_the_parts():
+    parts = random(60, 6)
+    kept = [1, 2, 5]
+    want = torch.linalg.lstsq(parts[:, kept], parts.sum(1, keepdim=True)).solution.squeeze(1)
+    scale = solve_scale(parts.T @ parts, torch.tensor(kept))
+    torch.testing.assert_close(scale, want)
+
+
+def test_scale_leaves_a_dead_channel_at_one_and_everything_kept_at_ones():
+    parts = random(60, 6)
+    parts[:, 2] = 0
+    gram = parts.T @ parts
+    assert solve_scale(gram, torch.tensor([1, 2, 5]))[1].item() == 1.0
+    torch.testing.assert_close(
+        solve_scale(gram, torch.arange(6)), torch.ones(6, dtype=torch.float64)
+    )
+
+
+def test_systems_without_a_solution_name_the_layer(phi, target):
+    second, mean, cross, y_mean = moments_of(phi, target)
+    prior = torch.zeros(OUTPUTS, COLUMNS)
+    broken = second.clone()
+    broken[0, 0] = float("nan")
+    with pytest.raises(RepairError, match=r"^layer1\.0\.conv2: .* holds NaN or infinite values"):
+        solve_full(broken, mean, cross, y_mean, prior, name="layer1.0.conv2")
+    with pytest.raises(RepairError, match=r"^layer1\.0\.conv2: .* of 9 unknowns is singular"):
+        solve_full(-second, mean, cross, y_mean, prior, name="layer1.0.conv2")
+    with pytest.raises(RepairError, match="layer2: the repaired weights are not finite"):
+        solve_full(second, mean, cross / 0, y_mean, prior, name="layer2")
+    with pytest.raises(RepairError, match="layer3: the least-squares system holds NaN"):
+        solve_scale(torch.full((3, 3), float("inf")), torch.tensor([0]), name="layer3")
+
+
+def test_jitter_only_where_needed():
+    _, none = cholesky(torch.eye(3, dtype=torch.float64), "x")
+    _, some = cholesky(torch.ones(3, 3, dtype=torch.float64), "x")
+    assert none == 0.0
+    assert 0 < some <= 1e-8
