@@ -62,3 +62,7 @@ class ModelError(ThinetError):
 
 class MissingExtraError(ThinetError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class TrainingError(ThinetError):
+    """Training that cannot go on, such as a loss that is no longer a number."""

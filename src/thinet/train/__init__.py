@@ -1,0 +1,1 @@
+"""Training: fine-tuning that resumes exactly, and evaluation, in one process or many."""

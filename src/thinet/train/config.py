@@ -1,0 +1,146 @@
+"""What a fine-tuning run does, as frozen data that is checked when made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from thinet.errors import OptionError
+
+Schedule = Literal["cosine", "step", "one-cycle", "constant"]
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Options of `finetune`. The defaults of SGD are the paper's (ThiNet, ICCV 2017, section 4).
+
+    Attributes:
+        lr: peak learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        nesterov: Nesterov's momentum.
+        schedule: `cosine` (to zero), `step` (times `gamma` at each milestone), `one-cycle` (up for
+            30 % of the run, down to 1e-4 of the start), or `constant`.
+        milestones: epochs after which `step` lowers the rate, increasing.
+        gamma: factor of `step`.
+        warmup_epochs: the rate first grows linearly over so many epochs (not for `one-cycle`).
+        label_smoothing: share of the target that is spread over all classes.
+        distill_weight: weight of the teacher's term, 1 minus it that of the labels. Of effect only
+            where a teacher is given.
+        temperature: of the distillation (Hinton et al. 2015).
+        ema_decay: None, or the decay per step of an average of the weights, which is then what is
+            validated and returned.
+        clip_norm: None, or the largest norm of the gradient of all parameters.
+        accumulate: batches whose gradients make one step.
+        mixed_precision: `no`, `bf16` or `fp16` (with loss scaling).
+        decay_norm_and_bias: whether weight decay also acts on normalisation weights and biases, as
+            in the paper; False leaves out all parameters of fewer than two dimensions.
+        seed: of everything random in the run.
+        log_dir: None, or a folder for TensorBoard logs. Does not change the run.
+    """
+
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    schedule: Schedule = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    distill_weight: float = 0.5
+    temperature: float = 2.0
+    ema_decay: float | None = None
+    clip_norm: float | None = None
+    accumulate: int = 1
+    mixed_precision: Precision = "no"
+    decay_norm_and_bias: bool = True
+    seed: int = 0
+    log_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        faults = list(self._faults())
+        if faults:
+            raise OptionError("fine-tuning options: " + "; ".join(faults))
+
+    def _faults(self) -> Iterator[str]:
+        yield from _number("lr", self.lr, above=0)
+        yield from _number("momentum", self.momentum, least=0, below=1)
+        yield from _number("weight_decay", self.weight_decay, least=0)
+        yield from _number("gamma", self.gamma, above=0, below=1)
+        yield from _number("warmup_epochs", self.warmup_epochs, least=0)
+        yield from _number("label_smoothing", self.label_smoothing, least=0, below=1)
+        yield from _number("distill_weight", self.distill_weight, least=0, most=1)
+        yield from _number("temperature", self.temperature, above=0)
+        if self.ema_decay is not None:
+            yield from _number("ema_decay", self.ema_decay, above=0, below=1)
+        if self.clip_norm is not None:
+            yield from _number("clip_norm", self.clip_norm, above=0)
+        for name, least in (("accumulate", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                yield f"{name} must be a whole number of at least {least}, got {value!r}"
+        for name, known in (("schedule", Schedule), ("mixed_precision", Precision)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                yield f"{name} must be one of {', '.join(get_args(known))}, got {value!r}"
+        rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:]))
+        if not all(isinstance(m, int) and m > 0 for m in self.milestones) or not rising:
+            yield f"milestones must be increasing epochs from 1 on, got {self.milestones}"
+        if self.schedule == "step" and not self.milestones:
+            yield "schedule step needs milestones, such as (4, 8)"
+        if self.schedule != "step" and self.milestones:
+            yield f"milestones belong to schedule step, not to {self.schedule}"
+        if self.schedule == "one-cycle" and self.warmup_epochs:
+            yield "one-cycle warms up by itself; leave warmup_epochs at 0"
+        if self.nesterov and self.momentum == 0:
+            yield "nesterov needs a momentum above 0"
+
+    def to_json(self) -> str:
+        """All options as a JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FinetuneConfig:
+        """The options of `to_json`; left out ones have their defaults.
+
+        Raises:
+            OptionError: not a JSON object, an unknown option, or one out of its range.
+        """
+        try:
+            values: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"fine-tuning options are not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise OptionError(f"fine-tuning options must be a JSON object, got {text[:60]!r}")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise OptionError(
+                f"unknown fine-tuning options: {', '.join(unknown)}; known are {', '.join(known)}"
+            )
+        return cls(**values)
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Iterator[str]:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = number and math.isfinite(value)
+    fits = fits and (least is None or value >= least) and (above is None or value > above)
+    fits = fits and (below is None or value < below) and (most is None or value <= most)
+    if not fits:
+        limits = [("at least", least), ("above", above), ("below", below), ("at most", most)]
+        words = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        yield f"{name} must be {words}, got {value!r}"

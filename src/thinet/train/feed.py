@@ -1,0 +1,175 @@
+"""Any accepted data as numbered batches: one process's share, from any batch of any epoch.
+
+What a data set draws at random while a batch is fetched (augmentation in its `__getitem__`) is
+seeded by (seed, epoch, batch), and a `DataLoader`'s order by (seed, epoch): a run that starts in
+the middle of an epoch gets the batches that the whole run gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from thinet.errors import DataError, OptionError
+from thinet.loading import Loader
+from thinet.seeds import derive, seeded
+
+Numbered = tuple[int, torch.Tensor, torch.Tensor]
+"""Number of the batch in the epoch, images, labels."""
+
+
+class Feed:
+    """Batches `(images, labels)` of a `thinet.data` loader, a `DataLoader` or another iterable.
+
+    Several processes take turns: batch b belongs to process b mod `world`.
+
+    Attributes:
+        batches: number of batches of an epoch, over all processes. Data without a length is
+            counted by going through it once.
+
+    Raises:
+        DataError: there are no batches, or the data can be gone through only once.
+        OptionError: the `DataLoader` already divides its data among processes.
+    """
+
+    def __init__(self, data: Any, *, seed: int, rank: int, world: int) -> None:
+        self._data = data
+        self._seed = seed
+        self._rank = rank
+        self._world = world
+        if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+            raise DataError(
+                f"data of type {type(data).__name__} cannot be trained or evaluated on; give a "
+                "loader, a DataLoader or a list of (images, labels)"
+            )
+        if iter(data) is data:
+            raise DataError(
+                "this iterator can be gone through only once; give a DataLoader or list"
+            )
+        if world > 1:
+            _refuse_divided(data)
+        self.batches = _count(data)
+        if self.batches == 0:
+            raise DataError("the data has no batches")
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Numbered]:
+        """This process's batches of an epoch, from batch number `start` on."""
+        mine = [b for b in range(start, self.batches) if b % self._world == self._rank]
+        for number, batch in zip(mine, self._fetched(epoch, mine)):
+            yield number, *_pair(batch, number)
+
+    def describe(self) -> dict[str, Any]:
+        """What the data is, to compare with that of a run which is to go on."""
+        if isinstance(self._data, Loader):
+            return self._data.describe()
+        images, labels = _pair(next(iter(self._fetched(0, [0]))), 0)
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (images, labels):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {"batches": self.batches, "first batch": digest.hexdigest()}
+
+    def _fetched(self, epoch: int, numbers: list[int]) -> Iterator[Any]:
+        if isinstance(self._data, Loader):
+            return self._data.epoch(epoch, numbers)
+        if isinstance(self._data, DataLoader) and _has_batches(self._data):
+            return iter(self._indexed(self._data, epoch, numbers))
+        return self._passed_through(epoch, numbers)
+
+    def _indexed(self, data: DataLoader[Any], epoch: int, numbers: list[int]) -> Iterable[Any]:
+        order = self._order(data, epoch)
+        more = {"prefetch_factor": data.prefetch_factor} if data.num_workers else {}
+        return DataLoader(
+            _SeededBatches(data, self._seed, epoch),
+            batch_size=None,
+            sampler=[(number, order[number]) for number in numbers],
+            collate_fn=_as_it_is,
+            num_workers=data.num_workers,
+            pin_memory=data.pin_memory,
+            worker_init_fn=data.worker_init_fn,
+            multiprocessing_context=data.multiprocessing_context if data.num_workers else None,
+            timeout=data.timeout,
+            **more,
+        )
+
+    def _order(self, data: DataLoader[Any], epoch: int) -> list[Any]:
+        """The indices of each batch; a generator of the user's own is put back after."""
+        own = {id(g): g for g in (data.generator, getattr(data.sampler, "generator", None)) if g}
+        states = [(g, g.get_state()) for g in own.values()]
+        try:
+            for g, _ in states:
+                g.manual_seed(derive("order", self._seed, epoch))
+            with seeded("order", self._seed, epoch):
+                return list(data.batch_sampler or ())
+        finally:
+            for g, state in states:
+                g.set_state(state)
+
+    def _passed_through(self, epoch: int, numbers: list[int]) -> Iterator[Any]:
+        wanted, last = set(numbers), max(numbers, default=-1)
+        with seeded("order", self._seed, epoch):
+            iterator = iter(self._data)
+        for number in range(last + 1):
+            with seeded("batch", self._seed, epoch, number):
+                batch = next(iterator, iterator)
+            if batch is iterator:
+                raise DataError(f"the data ended after {number} batches; it had {self.batches}")
+            if number in wanted:
+                yield batch
+
+
+class _SeededBatches(Dataset[Any]):
+    """A `DataLoader`'s data set, a whole batch at a time."""
+
+    def __init__(self, data: DataLoader[Any], seed: int, epoch: int) -> None:
+        self._dataset, self._collate = data.dataset, data.collate_fn
+        self._seed, self._epoch = seed, epoch
+
+    def __getitem__(self, wanted: tuple[int, Any]) -> Any:
+        number, indices = wanted
+        with seeded("batch", self._seed, self._epoch, number):
+            if hasattr(self._dataset, "__getitems__"):
+                return self._collate(self._dataset.__getitems__(indices))
+            return self._collate([self._dataset[index] for index in indices])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _has_batches(data: DataLoader[Any]) -> bool:
+    return data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset)
+
+
+def _refuse_divided(data: Any) -> None:
+    parts = (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    for part in parts:
+        if type(part).__name__ in ("DistributedSampler", "BatchSamplerShard"):
+            raise OptionError(
+                f"the DataLoader already divides its data among processes ({type(part).__name__}); "
+                "give the plain one, thinet divides the batches itself"
+            )
+
+
+def _count(data: Any) -> int:
+    try:
+        return len(data)
+    except TypeError:
+        return sum(1 for _ in data)
+
+
+def _pair(batch: Any, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        images, labels = batch
+        if isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor):
+            return images, labels
+        if isinstance(images, torch.Tensor) and labels is None:
+            raise DataError(f"batch {number} of the data has no labels; give a folder with classes")
+    inner = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple) else ""
+    raise DataError(
+        f"batch {number} of the data is a {type(batch).__name__}{f' of {inner}' if inner else ''}; "
+        "pairs of tensors (images, labels) are needed"
+    )

@@ -1,0 +1,61 @@
+"""What is minimised: labels, the dense network's outputs, auxiliary classifiers."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from thinet.observe import evaluating
+from thinet.train.config import FinetuneConfig
+from thinet.train.distill import distillation
+from thinet.train.outputs import auxiliary_of, check_targets, logits_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Loss:
+    """(1 - w) cross-entropy + w distillation, plus the auxiliary classifiers' cross-entropies."""
+
+    def __init__(
+        self, config: FinetuneConfig, teacher: nn.Module | None, device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.teacher = teacher
+        if teacher is not None and any(p.device != device for p in teacher.parameters()):
+            self.teacher = copy.deepcopy(teacher).to(device)
+
+    def __call__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, where: str
+    ) -> tuple[torch.Tensor, float]:
+        """Mean loss of a batch with its graph, and how many images were right."""
+        images = images.to(self.device, non_blocking=True)
+        with self._precision():
+            output = model(images)
+        logits = logits_of(output)
+        check_targets(labels, logits.shape[1], len(logits), where)
+        labels = labels.to(self.device, torch.int64, non_blocking=True)
+        loss = self._labels(logits, labels)
+        if self.teacher is not None:
+            with evaluating(self.teacher), torch.no_grad(), self._precision():
+                taught = logits_of(self.teacher(images))
+            weight = self.config.distill_weight
+            softened = distillation(logits, taught, self.config.temperature)
+            loss = (1 - weight) * loss + weight * softened
+        for weight, auxiliary in auxiliary_of(output):
+            loss = loss + weight * self._labels(auxiliary, labels)
+        return loss, float((logits.detach().argmax(dim=1) == labels).sum())
+
+    def _labels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = self.config.label_smoothing
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtype = DTYPES.get(self.config.mixed_precision)
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

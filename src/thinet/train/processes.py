@@ -1,0 +1,122 @@
+"""The processes of a run: one, or several started by `accelerate launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+
+from thinet.errors import MissingExtraError, OptionError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is among those that train together, and the device it works on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, the same bits in each; `values` itself in a single one."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], extra: list[float]) -> list[float]:
+        """Add up gradients in place, and a few numbers with them, in one exchange.
+
+        A parameter without a gradient in any process keeps none (so that it is not decayed);
+        one that has a gradient somewhere counts as zero elsewhere.
+
+        Returns:
+            The sums of `extra`.
+        """
+        if self.world == 1:
+            return extra
+        trained = [p for p in parameters if p.requires_grad]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
+        here = [float(p.grad is not None) for p in trained]
+        numbers = torch.tensor(extra + here, dtype=dtype, device=self.device)
+        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        vector = torch.cat([numbers, *(g.flatten().to(dtype) for g in flat)])
+        distributed.all_reduce(vector)
+        totals = vector[: len(numbers)].tolist()
+        offset = len(numbers)
+        for parameter, anywhere in zip(trained, totals[len(extra) :], strict=True):
+            part = vector[offset : offset + parameter.numel()]
+            offset += parameter.numel()
+            if anywhere:
+                parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        return totals[: len(extra)]
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Running statistics become the mean over the processes."""
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if self.world == 1 or not buffers:
+            return
+        vector = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
+        distributed.all_reduce(vector)
+        parts = (vector / self.world).split([buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def same_model(self, model: nn.Module) -> None:
+        """Every process gets the first one's weights and buffers."""
+        if self.world == 1:
+            return
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                distributed.broadcast(tensor.detach(), 0)
+
+    def main_first(self, work: Callable[[], None]) -> None:
+        """Run `work` in the main process; the others wait until it is done."""
+        if self.main:
+            work()
+        if self.world > 1:
+            distributed.barrier()
+
+
+def current(device: str | torch.device | None = None) -> Processes:
+    """The processes that accelerate started, or this one alone.
+
+    Args:
+        device: None takes accelerate's choice: a GPU if there is one, otherwise the CPU.
+
+    Raises:
+        OptionError: the device does not exist, or one was chosen under `accelerate launch`.
+    """
+    try:
+        from accelerate import PartialState
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"training runs on accelerate, which is missing ({error}): pip install accelerate"
+        ) from error
+    state = PartialState()
+    if device is None:
+        return Processes(state.process_index, state.num_processes, torch.device(state.device))
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    if state.num_processes > 1 and chosen.type != torch.device(state.device).type:
+        raise OptionError(
+            f"device {device!r} was asked for, but accelerate started {state.num_processes} "
+            f"processes on {torch.device(state.device).type}; leave device out"
+        )
+    return Processes(
+        state.process_index,
+        state.num_processes,
+        torch.device(state.device) if state.num_processes > 1 else chosen,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

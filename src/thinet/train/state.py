@@ -1,0 +1,146 @@
+"""The state of a training run on disk: one safetensors file, replaced whole or not at all.
+
+Tensors (weights, momentum, averages) are the file's tensors; everything else (how far the run is,
+what it was given, its history) is JSON in the file's metadata. There is no pickle, and there is no
+moment at which the folder holds no complete state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from thinet.errors import CheckpointError
+
+NAME = "training.safetensors"
+FORMAT = "1"
+
+
+def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Replace the state in `folder`; the old one stays until the new one is on the disk.
+
+    Raises:
+        CheckpointError: the file cannot be written; the old one is as it was.
+    """
+    target, unfinished = folder / NAME, folder / (NAME + ".unfinished")
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    metadata = {"thinet_training": FORMAT, "facts": json.dumps(facts)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(plain, unfinished, metadata=metadata)
+        _to_disk(unfinished)
+        unfinished.replace(target)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the training state cannot be written to {target}: {error}"
+        ) from error
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The tensors and facts of the state in `folder`, None if there is none.
+
+    Raises:
+        CheckpointError: the file is not one that `write` wrote.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("thinet_training") != FORMAT:
+            raise CheckpointError(f"{path} is not a training state of this version of thinet")
+        return tensors, json.loads(metadata["facts"])
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(
+            f"the training state {path} cannot be read ({error}); delete it, or start over with "
+            "resume=False"
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of names, shapes, types, values and `requires_grad` of all tensors of a model."""
+    trained = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    return fingerprint_of(model.state_dict(), trained)
+
+
+def fingerprint_of(tensors: Mapping[str, Any], marked: set[str] | None = None) -> str:
+    """A digest of named tensors; values that are no tensors count as their text."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        tensor = value if isinstance(value, torch.Tensor) else None
+        facts = (tuple(tensor.shape), str(tensor.dtype)) if tensor is not None else repr(value)
+        digest.update(repr((name, facts, name in (marked or ()))).encode())
+        if tensor is not None and tensor.numel():
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
+    """An optimizer's state as named tensors and plain data."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                values.setdefault(str(index), {})[name] = value
+    groups = [{k: v for k, v in group.items() if _plain(v)} for group in state["param_groups"]]
+    return tensors, {"state": values, "groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]
+) -> None:
+    """Give an optimizer of the same kind and parameters the state of `pack_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for index, entries in plain["state"].items():
+        state.setdefault(int(index), {}).update(entries)
+    for name, tensor in tensors.items():
+        index, _, entry = name.partition(".")
+        state.setdefault(int(index), {})[entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, plain["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) and k != "params" else v
+                      for k, v in saved.items()})  # fmt: skip
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple))
+
+
+def differences(saved: Any, given: Any, where: str = "") -> list[str]:
+    """What differs between two pieces of plain data, one line each."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        keys = [*saved, *(key for key in given if key not in saved)]
+        return [
+            line
+            for key in keys
+            for line in differences(saved.get(key), given.get(key), f"{where}{key} ")
+        ]
+    return [] if saved == given else [f"{where.strip()} was {saved!r} and is now {given!r}"]
