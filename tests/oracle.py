@@ -276,7 +276,8 @@ def assert_sliced(model: nn.Module, cut: nn.Module, cuts: Cuts) -> None:
         assert small[name].shape == want.shape, f"{name}: {small[name].shape}, not {want.shape}"
         assert torch.equal(small[name], want), f"{name}: kept entries are not the original's"
         assert small[name].requires_grad == tensor.requires_grad, name
-        assert small[name].dtype == tensor.dtype and small[name].device == tensor.device, name
+        assert small[name].dtype == tensor.dtype, name
+        assert small[name].device == tensor.device, name
         assert isinstance(small[name], nn.Parameter) == isinstance(tensor, nn.Parameter), name
         assert small[name] is small[leader], f"{name} is no longer tied to {leader}"
     assert lost or set(small) == set(all_tensors(model))
@@ -296,7 +297,8 @@ def assert_alive(cut: nn.Module, inputs: Any) -> None:
     assert isinstance(loss, Tensor)
     loss.backward()
     grads = [p.grad for p in again.parameters() if p.grad is not None]
-    assert grads and all(torch.isfinite(g).all() for g in grads)
+    assert grads
+    assert all(torch.isfinite(g).all() for g in grads)
 
 
 def check(model: nn.Module, inputs: Any, groups: Any, removed: Removed, cut: Any) -> Verdict:
@@ -304,7 +306,8 @@ def check(model: nn.Module, inputs: Any, groups: Any, removed: Removed, cut: Any
     before = snapshot(model)
     small = cut(model, inputs, kept(groups, removed), verify=False)
     assert_untouched(before, model)
-    assert small is not model and isinstance(small, nn.Module)
+    assert small is not model
+    assert isinstance(small, nn.Module)
     assert small.training == model.training
     cuts = union(groups, removed)
     assert cuts, f"nothing goes with {dict(removed)}"

@@ -25,6 +25,7 @@ from tests.nets import (
     SENet,
 )
 from tests.oracle import all_tensors, assert_untouched, distance, outputs, randomise, snapshot
+from thinet.errors import LockedGroupError, ThinetError, UnknownGroupError
 
 torch.set_num_threads(1)
 
@@ -48,17 +49,22 @@ def test_groups_are_well_formed(cls: type[Net]) -> None:
     names = [g.name for g in groups]
     assert len(set(names)) == len(names), names
     for g in groups:
-        assert isinstance(g.name, str) and isinstance(g.channels, int) and g.channels >= 1
+        assert isinstance(g.name, str)
+        assert isinstance(g.channels, int)
+        assert g.channels >= 1
         assert g.locked is None or isinstance(g.locked, str)
-        assert isinstance(g.producers, tuple) and isinstance(g.consumers, tuple)
+        assert isinstance(g.producers, tuple)
+        assert isinstance(g.consumers, tuple)
         for path in (*g.producers, *g.consumers):
             assert path in modules or path in tensors, path
         for s in g.slices(range(g.channels)):
-            assert isinstance(s.dim, int) and isinstance(s.indices, tuple)
+            assert isinstance(s.dim, int)
+            assert isinstance(s.indices, tuple)
             assert first[id(tensors[s.parameter])] == s.parameter, "the first name of a tied tensor"
             assert 0 <= s.dim < tensors[s.parameter].dim()
             size = tensors[s.parameter].shape[s.dim]
-            assert list(s.indices) == sorted(set(s.indices)) and 0 <= s.indices[0]
+            assert list(s.indices) == sorted(set(s.indices))
+            assert s.indices[0] >= 0
             assert s.indices[-1] < size
 
 
@@ -165,7 +171,7 @@ def test_wrong_indices_are_refused(indices: Any, text: str, verify: bool) -> Non
     before = snapshot(model)
     with pytest.raises(ValueError, match=text) as error:
         thinet.cut(model, inputs, {"features.0": indices}, verify=verify)
-    assert isinstance(error.value, thinet.ThinetError)
+    assert isinstance(error.value, ThinetError)
     assert "features.0" in str(error.value)
     assert_untouched(before, model)
 
@@ -181,7 +187,7 @@ def test_slices_check_their_indices(indices: Any) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_unknown_group_is_named(verify: bool) -> None:
     model, inputs = prepared()
-    with pytest.raises(thinet.UnknownGroupError, match=r"features\.9"):
+    with pytest.raises(UnknownGroupError, match=r"features\.9"):
         thinet.cut(model, inputs, {"features.0": [0], "features.9": [0]}, verify=verify)
 
 
@@ -190,9 +196,10 @@ def test_a_locked_group_is_refused_with_its_reason(verify: bool) -> None:
     model, inputs = prepared(InputResidualNet)
     locked = [g for g in thinet.find_groups(model, inputs) if g.locked and g.name == "conv1"]
     assert len(locked) == 1
-    with pytest.raises(thinet.LockedGroupError, match="conv1") as error:
+    with pytest.raises(LockedGroupError, match="conv1") as error:
         thinet.cut(model, inputs, {"conv1": [0]}, verify=verify)
-    assert locked[0].locked is not None and locked[0].locked in str(error.value)
+    assert locked[0].locked is not None
+    assert locked[0].locked in str(error.value)
 
 
 def test_an_empty_cut_is_not_a_silent_copy() -> None:
@@ -214,7 +221,7 @@ def test_an_empty_cut_is_not_a_silent_copy() -> None:
 def test_wrong_example_inputs_are_a_short_error(wrong: Any) -> None:
     model, _ = prepared()
     before = snapshot(model)
-    with pytest.raises(thinet.ThinetError) as error:
+    with pytest.raises(ThinetError) as error:
         thinet.find_groups(model, wrong)
     assert 20 < len(str(error.value)) < 2000
     assert_untouched(before, model)
@@ -231,10 +238,10 @@ class RaisesNet(nn.Module):
 
 
 def test_a_model_that_raises_is_reported_with_its_own_words() -> None:
-    model = RaisesNet().train()
+    model, x = RaisesNet().train(), torch.randn(2, 3, 8, 8)
     before = snapshot(model)
-    with pytest.raises(thinet.ThinetError, match="the model's own complaint"):
-        thinet.find_groups(model, torch.randn(2, 3, 8, 8))
+    with pytest.raises(ThinetError, match="the model's own complaint"):
+        thinet.find_groups(model, x)
     assert_untouched(before, model)
 
 
@@ -290,7 +297,8 @@ def test_gradients_of_the_original_are_kept() -> None:
     before = {n: g.clone() for n, g in grads.items()}
     thinet.cut(model, inputs, {"features.0": [0, 2]})
     for n, p in model.named_parameters():
-        assert p.grad is grads[n] and torch.equal(p.grad, before[n])
+        assert p.grad is grads[n]
+        assert torch.equal(p.grad, before[n])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -367,7 +375,9 @@ def test_example_inputs_are_not_changed() -> None:
     before = inputs.detach().clone()
     thinet.find_groups(model, inputs)
     thinet.cut(model, inputs, {"stem": [1, 2]})
-    assert torch.equal(inputs, before) and inputs.grad is None and inputs.requires_grad
+    assert torch.equal(inputs, before)
+    assert inputs.grad is None
+    assert inputs.requires_grad
 
 
 def test_a_cut_under_no_grad_and_inference_mode_can_still_be_trained() -> None:
