@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thinet.errors import CalibrationError
 
-_ROWS = 8192  # rows multiplied in the rows' own precision before the float64 sum
+_ROWS = 4096  # rows multiplied in the rows' own precision before the float64 sum
 _LIMIT = 1e16  # float32 values from here on overflow in sums of squares
 _PANEL = 192  # columns in a block of the triangle that is computed
 _FIELDS = ("second", "phi", "cross", "y", "yy", "rows")
