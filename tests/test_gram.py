@@ -80,6 +80,20 @@ def test_units_of_several_channels_and_channels_of_no_unit(sampled):
     assert fold_units(torch.eye(6), units).shape == (3, 3)
 
 
+def test_a_sketch_of_the_outputs_is_right_on_average(sampled):
+    phi, weight, _ = sampled
+    exact = gram(phi.T @ phi, weight)
+    assert torch.equal(gram_rows(phi, weight, sketch=OUTPUTS), gram_rows(phi, weight))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack(
+        [gram_rows(phi, weight, sketch=2, generator=generator) for _ in range(2000)]
+    )
+    error = drawn.std(0) / 2000**0.5
+    assert ((drawn.mean(0) - exact).abs() < 4 * error).all()
+    assert (error < 0.03 * exact.diagonal().max()).all()
+    assert (drawn.std(0) > 0).all()
+
+
 def test_gamma_weighs_outputs(sampled):
     phi, weight, parts = sampled
     generator = torch.Generator().manual_seed(1)

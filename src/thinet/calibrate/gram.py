@@ -89,29 +89,43 @@ def output_energy(second: Tensor, weight: Tensor) -> float:
 
 
 def gram_rows(
-    phi: Tensor, weight: Tensor, units: Tensor | None = None, count: int | None = None
+    phi: Tensor,
+    weight: Tensor,
+    units: Tensor | None = None,
+    count: int | None = None,
+    *,
+    sketch: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """G summed over rows (divide by their number for the mean), without ever forming H.
 
     Makes the parts z[row, output, unit] block by block and multiplies them with themselves:
     rows * N * (C taps + units^2 / 2) multiply-adds. For a wide layer behind a flatten (C taps of
-    25,088 in VGG-16) this fits in memory where H would not.
+    25,088 in VGG-16, of 512 units) this fits in memory where H would not; always say which columns
+    make a unit there.
 
     Args:
         phi: (rows, C * taps).
         weight: (N, C, *kernel), dense over groups; `gamma` = L L' is applied as L' W.
         units, count: as for `gram`.
+        sketch: replace the N outputs by this many random mixtures of them, all +-1, drawn anew in
+            each call: an unbiased estimate at sketch / N of the cost.
+        generator: of the mixtures.
 
     Returns:
         (units, units) float64, symmetric.
     """
+    columns = _matrix(weight)
+    if sketch is not None and sketch < len(columns):
+        signs = torch.randint(2, (sketch, len(columns)), generator=generator) * 2 - 1
+        columns = signs.to(columns) @ columns / sketch**0.5
     channels, taps = weight.shape[1], weight[0, 0].numel()
     if units is None:
         units = torch.arange(channels)
     count = int(units.max()) + 1 if count is None else count
     pick, present = _columns_of_units(units.to(phi.device), count, taps)
-    by_unit = (_matrix(weight)[:, pick] * present).permute(1, 2, 0)  # (units, columns, N)
-    outputs = len(weight)
+    by_unit = (columns[:, pick] * present).permute(1, 2, 0)  # (units, columns, N)
+    outputs = len(columns)
     total = torch.zeros(count, count, dtype=torch.float64, device=phi.device)
     for rows in phi.split(max(_ROW_BLOCK // (count * outputs), 1)):
         parts = torch.bmm(rows[:, pick].transpose(0, 1), by_unit).flatten(1)
