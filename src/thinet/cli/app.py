@@ -26,8 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, inspect, prune, finetune, evaluate, bench, report):
-    app.command()(command)
+COMMANDS = {
+    command.__name__: command
+    for command in (demo, inspect, prune, finetune, evaluate, bench, report)
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -57,9 +61,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of the command line's own
             raise
-        hint = f"`thinet {' '.join(arguments[:1])} --help` shows how" if arguments else ""
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-        return _fail("UsageError", f"{message} {hint}".strip(), as_json)
+        if not message:  # no arguments at all: the help was shown
+            return 2
+        known = [name for name in arguments[:1] if name in COMMANDS]
+        hint = " ".join(["thinet", *known, "--help"])
+        return _fail("UsageError", f"{message} `{hint}` shows how", as_json)
     if code == 130:
         console.err.print(f"interrupted: {console.kept()}", style="yellow", highlight=False)
         if as_json:

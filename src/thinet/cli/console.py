@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +30,19 @@ _NOTHING = "nothing was written"
 _state = {"kept": _NOTHING}
 
 
+class _Warnings(logging.Handler):
+    """What the library logs (images left out and the like), on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(f"warning: {record.getMessage()}", style="yellow", markup=False, highlight=False)
+
+
 def reset() -> None:
-    """Forget what an earlier command said."""
+    """Forget what an earlier command said, and listen to the library."""
     _state["kept"] = _NOTHING
+    log = logging.getLogger("thinet")
+    if not any(isinstance(handler, _Warnings) for handler in log.handlers):
+        log.addHandler(_Warnings(logging.WARNING))
 
 
 def keeps(what: str) -> None:

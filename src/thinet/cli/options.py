@@ -41,6 +41,10 @@ Std = Annotated[
     str | None,
     typer.Option(metavar="R,G,B", help="Deviation of each channel, 0..1. Default: likewise."),
 ]
+Classes = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Size of the classifier. Default: the model's own."),
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images in a batch.")]
 Device = Annotated[
     str | None,

@@ -24,9 +24,9 @@ def report(
 ) -> None:
     """Show a kept result, or write it as a page.
 
-    thinet prune model.py:net images --macs 0.5 --out small.safetensors --json > result.json
+    `thinet prune model.py:net images --macs 0.5 --out small.safetensors --json > result.json`
 
-    thinet report result.json --out result.html
+    `thinet report result.json --out result.html`
     """
     if out is not None:
         check_output(out, force=force, suffixes=REPORTS)

@@ -88,14 +88,15 @@ def columns(report: Report) -> tuple[Column, ...]:
     def compared(value: Callable[[Network], float | None]) -> Callable[[Network], str]:
         return lambda n: times(value(dense), value(n)) if dense is not None else ""
 
-    shown: list[Column] = [
-        ("MACs", lambda n: amount(n.macs)),
-        ("fewer", compared(lambda n: n.macs)),
-        ("params", lambda n: amount(n.params)),
-    ]
+    several = len(report.networks) > 1
+    shown: list[Column] = [("MACs", lambda n: amount(n.macs))]
+    if several:
+        shown.append(("fewer", compared(lambda n: n.macs)))
+    shown.append(("params", lambda n: amount(n.params)))
     if any(n.latency_ms is not None for n in report.networks):
         shown.append(("latency", lambda n: milliseconds(n.latency_ms)))
-        shown.append(("faster", compared(lambda n: n.latency_ms)))
+        if several:
+            shown.append(("faster", compared(lambda n: n.latency_ms)))
     if any(n.top1 is not None for n in report.networks):
         tuned = any(n.top1_tuned is not None for n in report.networks)
         shown.append(("untrained top-1" if tuned else "top-1", lambda n: percent(n.top1)))

@@ -1,0 +1,145 @@
+"""`thinet finetune`: train a model, dense or cut, and go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thinet.augment import Crop
+from thinet.checkpoint import save
+from thinet.cli import console, options
+from thinet.cli.files import REPORTS, check_folder, check_output, write_report
+from thinet.cli.folders import labelled
+from thinet.cli.inputs import example, network, pictures
+from thinet.count import count
+from thinet.errors import OptionError
+from thinet.plan import Plan
+from thinet.report.data import Network, Report
+from thinet.train.config import FinetuneConfig, Precision, Schedule
+from thinet.train.evaluate import evaluate
+from thinet.train.finetune import finetune as train
+
+
+def finetune(
+    model: options.ModelName,
+    data: options.Data,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors", help="Where the trained model goes.")
+    ],
+    weights: options.Weights = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images to evaluate on before and after each epoch."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of SGD.")] = 0.01,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = "cosine",
+    milestones: Annotated[
+        str | None, typer.Option(metavar="4,8", help="Epochs after which `step` divides by ten.")
+    ] = None,
+    momentum: Annotated[float, typer.Option(help="Of SGD.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = 5e-4,
+    label_smoothing: Annotated[float, typer.Option(help="Share spread over all classes.")] = 0.0,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of the dense model, to learn from it too."),
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of an average of the weights, such as 0.999.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    precision: Annotated[Precision, typer.Option(help="Mixed precision.")] = "no",
+    crop: Annotated[
+        Crop, typer.Option(help="Random part of a picture, or moved a little (CIFAR), or none.")
+    ] = "resized",
+    flip: Annotated[bool, typer.Option(help="Mirror every other image.")] = True,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the run keeps its state, so that the same command goes on after a stop. "
+            "Default: OUT.run, removed at the end.",
+        ),
+    ] = None,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    classes: options.Classes = None,
+    batch: options.Batch = 64,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    report: options.ReportFile = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model on labelled images. A cut model stays cut; its plan stays in the file.
+
+        thinet finetune torchvision:resnet18 images/train --weights small.safetensors
+        --validation images/val --epochs 10 --lr 0.01 --out tuned.safetensors
+
+    Stopped by Ctrl-C or killed, the same command goes on where it was.
+    """
+    check_output(out, force=force, suffixes=(".safetensors",))
+    if report is not None:
+        check_output(report, force=force, suffixes=REPORTS)
+    folder = state or out.with_name(out.name + ".run")
+    check_folder(folder.parent)
+
+    config = FinetuneConfig(
+        lr=lr, schedule=schedule, milestones=whole_numbers(milestones), momentum=momentum,
+        weight_decay=weight_decay, label_smoothing=label_smoothing, ema_decay=ema,
+        clip_norm=clip, accumulate=accumulate, mixed_precision=precision, seed=seed,
+    )  # fmt: skip
+    named = network(model, weights, classes=classes, device=device)
+    dense = network(model, teacher, classes=classes, device=device).model if teacher else None
+    prepared = pictures(named.model, size, mean, std)
+    counts = count(named.model, example(named.model, prepared.size))
+    console.keeps(f"the run's state is kept in {folder}; the same command goes on from there")
+    with console.progress() as told:
+        images = labelled(
+            data, prepared, batch=batch, train=True, crop=crop, flip=flip, seed=seed, progress=told
+        )
+        held = validation and labelled(validation, prepared, batch=batch, progress=told)
+        before = evaluate(named.model, held, device=device).top1 if held else None
+        result = train(
+            named.model, images, epochs=epochs, config=config, validation=held or None,
+            teacher=dense, checkpoint=folder, progress=told, device=device,
+            on_epoch=lambda r: console.say(
+                f"epoch {r.epoch} of {epochs}: loss {r.loss:.4f}"
+                + (f", top-1 {100 * r.validation.top1:.2f}%" if r.validation else "")
+                + f", {r.seconds:.1f} s"
+            ),
+        )  # fmt: skip
+    curve = tuple(r.validation.top1 for r in result.history if r.validation is not None)
+    save(out, result.model, named.plan or Plan())
+    if state is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    shown = Report(
+        title=f"{model}, fine-tuned",
+        networks=(
+            Network(
+                out.name, counts.macs, counts.params, top1=before,
+                top1_tuned=curve[-1] if curve else None, curve=curve,
+            ),
+        ),
+        facts=(("written to", str(out)), ("epochs", str(epochs)), ("seed", str(seed))),
+    )  # fmt: skip
+    if report is not None:
+        write_report(shown, report)
+    console.show(shown, as_json=as_json)
+
+
+def whole_numbers(text: str | None) -> tuple[int, ...]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        OptionError: it is anything else.
+    """
+    try:
+        return tuple(int(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        raise OptionError(f"--milestones takes epochs such as 4,8, got {text!r}") from error

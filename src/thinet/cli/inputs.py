@@ -1,0 +1,81 @@
+"""From what the user named to models, pictures and example inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from thinet.checkpoint import is_checkpoint, load_with_plan
+from thinet.cli.options import triple
+from thinet.errors import OptionError
+from thinet.images import Preprocess
+from thinet.models import resolve
+from thinet.plan import Plan
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model as the user named it; `plan` says how it was cut, None if it is dense."""
+
+    name: str
+    model: nn.Module
+    plan: Plan | None
+
+
+def network(
+    spec: str, weights: Path | None, *, classes: int | None = None, device: str | None = None
+) -> Named:
+    """The model, with its weights, cut as its file says, on the device, in evaluation mode.
+
+    Raises:
+        ModelError, CheckpointError, OptionError: see `thinet.models.resolve` and `thinet.load`.
+    """
+    where = chosen_device(device)
+    if weights is not None and is_checkpoint(weights):
+        dense = resolve(spec, num_classes=classes)
+        model, plan = load_with_plan(weights, dense)
+        return Named(spec, model.to(where).eval(), plan)
+    return Named(spec, resolve(spec, weights=weights, num_classes=classes, device=where), None)
+
+
+def chosen_device(device: str | None) -> torch.device:
+    """The named device; without a name the first GPU, or the CPU where there is none.
+
+    Raises:
+        OptionError: torch knows no such device, or cannot use it here.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"--device {name!r} cannot be used: {reason}") from error
+
+
+def pictures(model: nn.Module, size: int | None, mean: str | None, std: str | None) -> Preprocess:
+    """How images are prepared: as the user says, else as the model says, else as for ImageNet.
+
+    A model says it as timm's do: `default_cfg` with `input_size` (3, height, width), `mean`, `std`.
+
+    Raises:
+        OptionError: a number is out of its range.
+    """
+    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    own = own if isinstance(own, dict) else {}
+    usual = Preprocess()
+    return Preprocess(
+        size=size or int(own.get("input_size", (3, usual.size, usual.size))[-1]),
+        mean=triple("mean", mean) or tuple(own.get("mean", usual.mean)),
+        std=triple("std", std) or tuple(own.get("std", usual.std)),
+    )
+
+
+def example(model: nn.Module, size: int, *, batch: int = 1) -> torch.Tensor:
+    """A batch (batch, 3, size, size) of noise, the same each time, on the model's device."""
+    noise = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    first = next(model.parameters(), noise)
+    return noise.to(first.device)

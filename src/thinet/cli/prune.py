@@ -1,0 +1,133 @@
+"""`thinet prune`: from a trained network and a folder of images to a smaller network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thinet import data as folders
+from thinet.budget import Budget
+from thinet.checkpoint import save
+from thinet.cli import console, options
+from thinet.cli.files import REPORTS, check_output, write_report
+from thinet.cli.folders import labelled
+from thinet.cli.inputs import example, network, pictures
+from thinet.plan import Plan
+from thinet.prune import Sampling
+from thinet.prune import Repair, Sampling
+from thinet.prune import prune as cut_and_repair
+from thinet.report.data import Network, Report
+from thinet.report.rows import pruned_facts, pruned_groups, pruned_notes
+from thinet.train.evaluate import evaluate
+
+
+def prune(
+    model: options.ModelName,
+    calibration: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Images to measure on; labels are not needed."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors", help="Where the smaller model goes.")
+    ],
+    weights: options.Weights = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Fraction of the multiply-adds that stays, such as 0.5.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters that stays.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the channels of every group that stays.")
+    ] = None,
+    criterion: Annotated[
+        str,
+        typer.Option(help="`thinet`, `thinet-omp`, `block-obs`, `weight-sum`, `apoz`, ..."),
+    ] = "thinet",
+    repair: Annotated[
+        Repair, typer.Option(help="New weights by least squares, the paper's scalars, or none.")
+    ] = "full",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Groups to cut, such as 'layer*.conv1'; repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Groups to leave whole; repeatable."),
+    ] = None,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate-bn", help="Re-estimate BatchNorm statistics at the end.")
+    ] = False,
+    sampling: Annotated[
+        Sampling, typer.Option(help="All outputs, or as the paper ten single ones an image.")
+    ] = "exact",
+    images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Labelled images to measure the accuracy on, if given."),
+    ] = None,
+    every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Take each N-th image of --data only.")
+    ] = 1,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    classes: options.Classes = None,
+    batch: options.Batch = 64,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    report: options.ReportFile = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make a trained model smaller in one shot, without training, and write it to a file.
+
+    `thinet prune torchvision:resnet18 --weights resnet18.safetensors
+    --calibration images/train --macs 0.5 --out small.safetensors`
+
+    `thinet prune net.py:build --weights net.safetensors --size 32 --calibration images
+    --keep 0.5 --only 'layer*.conv1' --data images/val --report small.html
+    --out small.safetensors`
+    """
+    check_output(out, force=force, suffixes=(".safetensors",))
+    if report is not None:
+        check_output(report, force=force, suffixes=REPORTS)
+
+    budget = Budget(macs=macs, params=params, keep=keep)
+    named = network(model, weights, classes=classes, device=device)
+    prepared = pictures(named.model, size, mean, std)
+    inputs = example(named.model, prepared.size)
+    before = after = None
+    with console.progress() as told:
+        held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
+        batches = folders.calibration_batches(
+            calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
+            resize=prepared.resize, labels="taylor" in criterion, progress=told,
+        )  # fmt: skip
+        result = cut_and_repair(
+            named.model, inputs, batches, budget=budget, criterion=criterion, repair=repair,
+            only=only or None, skip=skip or None, recalibrate=recalibrate, sampling=sampling,
+            seed=seed, progress=told,
+        )  # fmt: skip
+        if held is not None:
+            before = evaluate(named.model, held, device=device, progress=told).top1
+            after = evaluate(result.model, held, device=device, progress=told).top1
+    plan = (named.plan or Plan()).then(result.plan)
+    save(out, result.model, plan)
+    done = result.report
+    shown = Report(
+        title=f"{model}, pruned",
+        networks=(
+            Network("before", done.macs_before, done.params_before, top1=before),
+            Network(out.name, done.macs_after, done.params_after, top1=after),
+        ),
+        groups=pruned_groups(done),
+        notes=pruned_notes(done),
+        facts=(*pruned_facts(done), ("calibration", f"{batches.images} images of {calibration}"),
+               ("seed", str(seed)), ("written to", str(out))),
+    )  # fmt: skip
+    if report is not None:
+        write_report(shown, report)
+    console.show(shown, as_json=as_json)
