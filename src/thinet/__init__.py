@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 # Verbs that share their file's name are loaded here, so that the name is always the verb.
 from thinet import errors as errors
+from thinet.budget import Budget as Budget
+from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
+from thinet.checkpoint import load as load
+from thinet.checkpoint import load_plan as load_plan
+from thinet.checkpoint import save as save
 from thinet.count import count as count
 from thinet.cut import cut as cut
 from thinet.errors import ThinetError as ThinetError
+from thinet.plan import Plan as Plan
+from thinet.prune import prune as prune
 from thinet.timing import Latency as Latency
 from thinet.timing import latencies as latencies
 from thinet.timing import latency as latency

@@ -1,0 +1,123 @@
+"""Budgets: fractions that stay, and how many units of each group that leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from thinet.errors import BudgetError
+from thinet.trace.groups import Costs
+from thinet.types import ChannelGroup
+
+WITHIN = 0.01
+"""A budget is reached within this fraction of the whole model's cost."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fraction that stays, of exactly one thing.
+
+    Attributes:
+        macs: of the multiply-adds of the whole model.
+        params: of its parameters.
+        keep: of the channels of every group, `int(channels * keep)` as the paper, at least 1.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in self.__dict__.items() if value is not None}
+        if len(given) != 1:
+            names = " and ".join(given) or "none"
+            raise BudgetError(f"a budget names one of macs, params and keep; {names} given")
+        ((name, value),) = given.items()
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value <= 1:
+            raise BudgetError(
+                f"{name} is the fraction that stays, above 0 and at most 1; got {value!r}"
+            )
+
+    @property
+    def kind(self) -> str:
+        return next(name for name, value in self.__dict__.items() if value is not None)
+
+    @property
+    def fraction(self) -> float:
+        return float(getattr(self, self.kind))
+
+
+def uniform_widths(
+    budget: Budget, groups: Sequence[ChannelGroup], costs: Costs
+) -> dict[str, int]:
+    """How many units stay in each group, the same fraction everywhere (as the paper).
+
+    A budget of costs is met by search: the largest common fraction that fits, then single units
+    where they still fit, in the order in which rounding down took most from them.
+
+    Args:
+        groups: those that may be cut.
+        costs: of the whole model.
+
+    Raises:
+        BudgetError: the model costs more even with one channel left in each group; says how much.
+    """
+    if budget.kind == "keep":
+        return _kept(groups, budget.fraction)
+    measure = costs.macs if budget.kind == "macs" else costs.params
+    full = measure({})
+    target = budget.fraction * full
+    if budget.fraction == 1.0:
+        return {group.name: group.channels for group in groups}
+    least = measure(_kept(groups, 0.0))
+    if least > target * (1 + WITHIN):
+        raise BudgetError(
+            f"{budget.kind}={budget.fraction:g} cannot be met: with one channel left in each of "
+            f"the {len(groups)} groups that may be cut, {least / full:.4f} of the {budget.kind} "
+            f"remain; ask for at least that, or allow more groups"
+        )
+    steps = sorted({k / g.channels for g in groups for k in range(1, g.channels + 1)} | {0.0})
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if measure(_kept(groups, steps[middle])) <= target:
+            low = middle
+        else:
+            high = middle - 1
+    widths = _kept(groups, steps[low])
+    return _fill(widths, groups, steps[min(low + 1, len(steps) - 1)], measure, target)
+
+
+def _kept(groups: Sequence[ChannelGroup], fraction: float) -> dict[str, int]:
+    # The small excess undoes the rounding of k / n * n.
+    return {g.name: max(1, math.floor(g.channels * fraction + 1e-9)) for g in groups}
+
+
+def _fill(
+    widths: dict[str, int],
+    groups: Sequence[ChannelGroup],
+    fraction: float,
+    measure: Callable[[Mapping[str, int]], int],
+    target: float,
+) -> dict[str, int]:
+    """Give back single units, to the groups that the common fraction shorts most."""
+    short = sorted(groups, key=lambda g: widths[g.name] - g.channels * fraction)
+    for group in short:
+        more = {**widths, group.name: widths[group.name] + 1}
+        if more[group.name] <= group.channels and measure(more) <= target:
+            widths = more
+    return widths
+
+
+def check_reached(budget: Budget, reached: Mapping[str, float]) -> None:
+    """Raise a `BudgetError` if a cost budget was missed by more than `WITHIN`."""
+    if budget.kind == "keep":
+        return
+    found = reached[budget.kind]
+    if abs(found - budget.fraction) > WITHIN:
+        raise BudgetError(
+            f"{budget.kind}={budget.fraction:g} cannot be met within {WITHIN:g}: the nearest that "
+            f"these groups can is {found:.4f}; ask for that, or allow more groups"
+        )

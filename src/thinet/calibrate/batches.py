@@ -1,0 +1,84 @@
+"""Calibration data as a checked list of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from thinet.errors import CalibrationError
+from thinet.types import ExampleInputs, as_call
+
+
+def calibration_inputs(calibration: Iterable[Any], *, device: torch.device) -> list[ExampleInputs]:
+    """The inputs of all batches, on the device; targets are left out.
+
+    Args:
+        calibration: batches: tensors, (tensor, target) pairs, or dicts of keyword inputs.
+
+    Raises:
+        CalibrationError: there is no batch, no image in one, or a value that is not finite.
+    """
+    return [inputs for inputs, _ in calibration_pairs(calibration, device=device)]
+
+
+def calibration_pairs(
+    calibration: Iterable[Any], *, device: torch.device
+) -> list[tuple[ExampleInputs, torch.Tensor | None]]:
+    """As `calibration_inputs`, each with its targets, or None where a batch has none."""
+    if isinstance(calibration, torch.Tensor):
+        calibration = [calibration]
+    try:
+        batches = list(calibration)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration must be an iterable of batches, got {type(calibration).__name__}"
+        ) from error
+    found: list[tuple[ExampleInputs, torch.Tensor | None]] = []
+    for number, batch in enumerate(batches):
+        inputs, target = batch, None
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            inputs, target = batch
+        tensors = [x for x in _leaves(inputs) if isinstance(x, torch.Tensor)]
+        if not tensors:
+            raise CalibrationError(
+                f"calibration batch {number} is {type(batch).__name__} without a tensor; give "
+                "tensors, (tensor, target) pairs or dicts of keyword inputs"
+            )
+        for tensor in tensors:
+            if tensor.numel() == 0:
+                raise CalibrationError(
+                    f"calibration batch {number} is empty (shape {tuple(tensor.shape)})"
+                )
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(
+                    f"calibration batch {number} holds NaN or infinite values; check how the "
+                    "images are read and normalised"
+                )
+        moved = _moved(inputs, device)
+        found.append((moved, target.to(device) if isinstance(target, torch.Tensor) else None))
+    if not found:
+        raise CalibrationError("the calibration data is empty; give at least one batch of images")
+    return found
+
+
+def images_in(inputs: ExampleInputs) -> int:
+    """The batch size: the first dimension of the first tensor."""
+    return next(x.shape[0] for x in _leaves(inputs) if isinstance(x, torch.Tensor))
+
+
+def _leaves(inputs: Any) -> list[Any]:
+    args, kwargs = as_call(inputs)
+    return [*args, *kwargs.values()]
+
+
+def _moved(inputs: Any, device: torch.device) -> ExampleInputs:
+    def to(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    if isinstance(inputs, torch.Tensor):
+        return to(inputs)
+    if isinstance(inputs, dict):
+        return {key: to(value) for key, value in inputs.items()}
+    return tuple(to(x) for x in inputs)

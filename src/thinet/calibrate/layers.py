@@ -1,0 +1,160 @@
+"""The layers of a program: weights that meet activations, and what follows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thinet.calibrate.patches import Geometry
+from thinet.trace.record import Op, Program, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A BatchNorm in evaluation mode: y -> (y - mean) * scale / sqrt(var + eps) + shift."""
+
+    scale: str | None
+    shift: str | None
+    mean: str
+    var: str
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or matrix product of an activation with a parameter.
+
+    Attributes:
+        op: index of the operation.
+        module: path of the module that runs it.
+        weight, bias: names of the parameters; weight is (N, C / groups, *kernel) or (N, C).
+        x, y: its input and output.
+        norm: the BatchNorm that alone reads y, if there is one.
+        shortcut: what is added to y (behind the norm), if its sum alone goes on.
+        add: index of that addition.
+        shared: whether another operation uses the same weight.
+    """
+
+    op: int
+    module: str
+    weight: str
+    bias: str | None
+    geometry: Geometry
+    x: Value
+    y: Value
+    norm: Affine | None
+    shortcut: Value | None
+    add: int | None
+    shared: bool
+
+
+def find_layers(program: Program) -> dict[int, Layer]:
+    """All layers by operation index; weights that are computed first are not among them."""
+    readers: dict[int, list[Op]] = {}
+    for op in program.ops:
+        for value in {v.id: v for v in op.inputs()}.values():
+            readers.setdefault(value.id, []).append(op)
+    transposed = {
+        op.outputs()[0].id: op.inputs()[0]
+        for op in program.ops
+        if op.name in ("aten.t", "aten.transpose", "aten.permute")
+        and op.inputs()[0].id in program.names
+        and len(op.inputs()[0].shape) == 2
+    }
+    found: dict[int, Layer] = {}
+    for op in program.ops:
+        parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, transposed)
+        if parts is None or parts[1].id not in program.names:
+            continue
+        x, weight, bias, geometry = parts
+        if x.id in program.names or (bias is not None and bias.id not in program.names):
+            continue
+        y = op.outputs()[0]
+        norm, after = _norm(program, readers, y)
+        add, shortcut = _addition(readers, after)
+        found[op.index] = Layer(
+            op=op.index,
+            module=op.module,
+            weight=program.names[weight.id],
+            bias=None if bias is None else program.names[bias.id],
+            geometry=geometry,
+            x=x,
+            y=y,
+            norm=norm,
+            shortcut=shortcut,
+            add=add,
+            shared=False,
+        )
+    uses = Counter(layer.weight for layer in found.values())
+    return {
+        index: layer
+        if uses[layer.weight] == 1
+        else Layer(**{**layer.__dict__, "shared": True})
+        for index, layer in found.items()
+    }
+
+
+Parts = tuple[Value, Value, Value | None, Geometry]
+
+
+def _convolution(op: Op) -> Parts | None:
+    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = op.args
+    if is_transposed:
+        return None
+    rank = len(weight.shape) - 2
+
+    def spread(values: list[int]) -> tuple[int, ...]:
+        return tuple(values) if len(values) == rank else tuple(values) * rank
+
+    geometry = Geometry(
+        weight.shape[2:], spread(stride), spread(padding), spread(dilation), groups
+    )
+    return x, weight, bias, geometry
+
+
+def _linear(op: Op, transposed: Mapping[int, Value]) -> Parts | None:
+    if op.name == "aten.addmm" and not op.kwargs:
+        bias, x, weight = op.args[:3]
+        if len(bias.shape) != 1:
+            return None
+    elif op.name == "aten.mm":
+        bias, (x, weight) = None, op.args[:2]
+    else:
+        return None
+    if weight.id not in transposed:
+        return None
+    return x, transposed[weight.id], bias, Geometry()
+
+
+def _norm(
+    program: Program, readers: Mapping[int, list[Op]], y: Value
+) -> tuple[Affine | None, Value]:
+    after = readers.get(y.id, [])
+    if len(after) == 1 and after[0].name == "aten.native_batch_norm" and after[0].args[0] is y:
+        op = after[0]
+        names = [None if v is None else program.names.get(v.id) for v in op.args[1:5]]
+        scale, shift, mean, var = names
+        alone = mean is not None and all(
+            len(readers[v.id]) == 1 for v in op.args[1:5] if v is not None
+        )
+        if alone and mean is not None and var is not None:
+            return Affine(scale, shift, mean, var, op.args[7]), op.outputs()[0]
+    return None, y
+
+
+def _addition(
+    readers: Mapping[int, list[Op]], value: Value
+) -> tuple[int | None, Value | None]:
+    after = readers.get(value.id, [])
+    # In place, the sum is the same value and its later readers read the sum.
+    op = after[0] if after else None
+    if op is None or op.name not in ("aten.add", "aten.add_") or op.kwargs or len(op.args) != 2:
+        return None, None
+    if len(after) > 1 and op.outputs()[0] is not value:
+        return None, None
+    operands = op.inputs()
+    if len(operands) != 2 or operands[0].shape != operands[1].shape:
+        return None, None
+    other = operands[1] if operands[0] is value else operands[0]
+    return (op.index, other) if other is not value else (None, None)

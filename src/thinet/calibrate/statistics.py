@@ -1,0 +1,109 @@
+"""From observations to what a criterion is given about one group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from thinet.calibrate.collect import Observations
+from thinet.calibrate.gram import fold_units, gram, output_energy
+from thinet.calibrate.patches import dense_weight
+from thinet.criteria.base import Consumer, GroupStatistics
+from thinet.surgery.apply import named_tensors
+from thinet.types import ChannelGroup, Site
+
+
+def group_statistics(
+    model: nn.Module, group: ChannelGroup, seen: Observations, *, seed: int = 0
+) -> GroupStatistics:
+    """All that was observed about a group; what was not is missing."""
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
+    consumers: list[Consumer] = []
+    total: Tensor | None = None
+    zeros: list[Tensor] = []
+    for site in group.sites:
+        layer = seen.layers.get(site.op)
+        if layer is None:
+            continue
+        units = torch.tensor(site.units)
+        weight = dense_weight(tensors[layer.weight], layer.geometry)
+        if site.op in seen.moments:
+            moments = seen.moments[site.op]
+            energy = output_energy(moments.covariance(), weight)
+            consumers.append(Consumer(weight, units, moments.covariance(), energy))
+        elif site.op in seen.grams:
+            per_channel = seen.grams[site.op]
+            energy = float(per_channel.sum())
+            consumers.append(Consumer(weight, units, None, energy))
+        else:
+            consumers.append(Consumer(weight, units))
+        part = site_gram(site, group.channels, seen, weight)
+        if part is not None:
+            part = part * consumers[-1].per_energy
+            total = part if total is None else total + part
+        if site.op in seen.zeros:
+            zeros.append(_unit_means(seen.zeros[site.op], units, group.channels))
+    return GroupStatistics(
+        name=group.name,
+        channels=group.channels,
+        gram=total,
+        consumers=tuple(consumers),
+        filters=_filters(group, tensors),
+        zeros=torch.stack(zeros).mean(0) if zeros else None,
+        bn_scale=_bn_scale(model, group, tensors),
+        seed=seed,
+    )
+
+
+def site_gram(
+    site: Site, channels: int, seen: Observations, weight: Tensor | None
+) -> Tensor | None:
+    """ThiNet's gram of one consumer over the units of a group, None where it was not measured."""
+    units = torch.tensor(site.units)
+    if site.op in seen.moments and weight is not None:
+        return gram(seen.moments[site.op].second, weight, units, channels)
+    if site.op in seen.grams:
+        return fold_units(seen.grams[site.op], units, channels)
+    return None
+
+
+def _unit_means(values: Tensor, units: Tensor, count: int) -> Tensor:
+    member = units >= 0
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, units[member], values[member])
+    return sums / torch.bincount(units[member], minlength=count).clamp_min(1)
+
+
+def _by_unit(tensor: Tensor, dim: int, units: tuple[int, ...]) -> Tensor | None:
+    """(units, entries) where every unit has equally many entries along the dimension."""
+    owner = torch.tensor(units, device=tensor.device)
+    member = torch.nonzero(owner >= 0).squeeze(1)
+    place = member[owner[member].argsort(stable=True)]
+    rows = tensor.movedim(dim, 0)[place].flatten(1) if tensor.ndim > 1 else tensor[place][:, None]
+    count = int(owner.max()) + 1
+    return rows.reshape(count, -1) if len(place) % count == 0 else None
+
+
+def _filters(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    found = (
+        _by_unit(tensors[m.parameter], m.dim, m.units)
+        for m in group.members
+        if m.role == "produces"
+    )
+    return tuple(f for f in found if f is not None)
+
+
+def _bn_scale(
+    model: nn.Module, group: ChannelGroup, tensors: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The largest scale of any BatchNorm on the group's channels: what keeps a unit alive."""
+    scales: list[Tensor] = []
+    for member in group.members:
+        path, _, leaf = member.parameter.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(path), _NormBase):
+            rows = _by_unit(tensors[member.parameter].abs(), member.dim, member.units)
+            if rows is not None and len(rows) == group.channels:
+                scales.append(rows.amax(1))
+    return torch.stack(scales).amax(0) if scales else None

@@ -1,0 +1,138 @@
+"""Pruned models on disk: one safetensors file that holds the weights and the plan. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from thinet.errors import CheckpointError
+from thinet.plan import Plan
+from thinet.surgery.apply import apply_plan, named_tensors
+from thinet.trace.record import copied
+
+KEY = "thinet_plan"
+"""Name of the metadata entry that holds the plan as JSON."""
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
+    """Write a cut model's weights and its plan to a safetensors file.
+
+    The file appears complete or not at all. Tied tensors are written once.
+
+    Args:
+        path: where to; an existing file is replaced.
+        model: the cut (and perhaps fine-tuned) model.
+        plan: how it was cut from the dense model.
+
+    Raises:
+        CheckpointError: the plan is not this model's, or the file cannot be written.
+    """
+    target = Path(path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in named_tensors(model)}
+    for piece in plan.kept:
+        size = tensors[piece.parameter].shape[piece.dim] if piece.parameter in tensors else None
+        if size != len(piece.indices):
+            raise CheckpointError(
+                f"the plan keeps {len(piece.indices)} entries of {piece.parameter} along dimension "
+                f"{piece.dim}, the model has {size}; save a model with the plan that made it"
+            )
+    metadata = {"format": "pt", KEY: json.dumps(plan.to_json())}
+    extra = [k for k, v in model.state_dict().items() if not isinstance(v, torch.Tensor)]
+    if extra:
+        raise CheckpointError(
+            f"{', '.join(extra)} of the model is state that is no tensor, which a safetensors file "
+            "cannot hold; remove get_extra_state from these modules"
+        )
+    folder = target.parent
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {folder} ({error.strerror})") from error
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
+    """Rebuild a cut model from its file and the dense model's class.
+
+    Args:
+        path: a file that `save` wrote.
+        dense_model: the model before any cut; its weights do not matter and it is left as it was.
+
+    Returns:
+        A new model with the shapes of the plan and the weights of the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not of thinet, or is of another model.
+    """
+    plan, tensors = read(path)
+    small = copied(dense_model)
+    apply_plan(small, plan)
+    named = dict(named_tensors(small))
+    missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not fit this {type(dense_model).__name__}: it lacks "
+            f"{_some(missing)} and has {_some(extra)} too many; give the dense model it was made of"
+        )
+    wrong = [n for n in named if named[n].shape != tensors[n].shape]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{path} does not fit this {type(dense_model).__name__}: {name} is "
+            f"{tuple(tensors[name].shape)} in the file and {tuple(named[name].shape)} in the cut "
+            f"model ({len(wrong)} such tensors); give the dense model it was made of"
+        )
+    with torch.no_grad():
+        for name, tensor in named.items():
+            tensor.copy_(tensors[name])
+    return small
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan in a file that `save` wrote; errors as `load`."""
+    return read(path)[0]
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """The plan and the tensors of a file; errors as `load`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise CheckpointError(
+                    f"{path} holds no plan; it was not written by thinet.save"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); thinet reads nothing else"
+        ) from error
+    try:
+        data: Any = json.loads(metadata[KEY])
+    except ValueError as error:
+        raise CheckpointError(f"the plan in {path} is not JSON ({error})") from error
+    return Plan.from_json(data), tensors
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

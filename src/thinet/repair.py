@@ -1,0 +1,300 @@
+"""Refit the layers of a cut network by least squares, so that it answers as the dense one did.
+
+All calibration batches move through the cut network together, one operation at a time. Before a
+layer runs, its new weights are solved from the inputs that the network as cut and repaired so far
+really gives it, and from the dense network's outputs at the same places, so errors do not pile up.
+Where the layer's output is added to a shortcut, it also makes up for what the shortcut has lost
+(He, Zhang and Sun, ICCV 2017, do the same for residual networks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, Rows, columns_of
+from thinet.calibrate.layers import Affine, Layer, find_layers
+from thinet.calibrate.moments import Moments
+from thinet.calibrate.patches import dense_weight, output_rows, patches
+from thinet.calibrate.statistics import site_gram
+from thinet.lstsq import solve_full, solve_scale
+from thinet.plan import Plan
+from thinet.surgery.apply import named_tensors
+from thinet.trace.interpret import Environment, Execution, dependencies
+from thinet.trace.record import Op
+from thinet.types import ChannelGroup, ExampleInputs, Progress
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How the least squares are set up.
+
+    Attributes:
+        ridge: pull towards the old weights, relative to the mean diagonal of the system.
+        layers: "all" layers behind the first cut, or only the "consumers" of cut channels.
+        shortcut: make up for what the shortcut has lost.
+    """
+
+    ridge: float = 1e-3
+    layers: str = "all"
+    shortcut: bool = True
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """Names of the layers that were refitted, and of those that could not be, with the reason."""
+
+    refitted: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+
+def repair_full(
+    small: nn.Module,
+    plan: Plan,
+    seen: Observations,
+    batches: Sequence[ExampleInputs],
+    *,
+    settings: RepairSettings | None = None,
+    rows: Rows | None = None,
+    progress: Progress | None = None,
+) -> Repaired:
+    """Refit the layers of a freshly cut network, in place.
+
+    Args:
+        small: the cut network.
+        plan: how it was cut.
+        seen: targets of the dense network, collected on the same batches.
+        batches: the calibration inputs.
+
+    Raises:
+        RepairError: a system cannot be solved; names the layer. Nothing is changed then.
+        CalibrationError: activations that are not finite.
+    """
+    return _Pass(small, plan, seen, batches, settings or RepairSettings(), progress).run()
+
+
+def repair_scale(
+    small: nn.Module,
+    dense: nn.Module,
+    groups: Sequence[ChannelGroup],
+    plan: Plan,
+    seen: Observations,
+) -> Repaired:
+    """The paper's repair, in place: one least-squares scalar for each kept input channel.
+
+    The scalars (ICCV 2017, eq. 7) are folded into the consumers' weights.
+
+    Raises:
+        RepairError: a system cannot be solved; nothing is changed then.
+    """
+    tensors, weights = dict(named_tensors(small)), dict(named_tensors(dense))
+    kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
+    factors: list[tuple[Tensor, int, Tensor]] = []
+    skipped: dict[str, str] = {}
+    done: list[str] = []
+    for group in groups:
+        if group.name not in plan.keep:
+            continue
+        stays = torch.tensor(plan.keep[group.name])
+        for site in group.sites:
+            layer = seen.layers.get(site.op)
+            found = None
+            if layer is not None:
+                weight = dense_weight(weights[layer.weight].detach(), layer.geometry)
+                found = site_gram(site, group.channels, seen, weight)
+            name = site.module or str(site.parameter)
+            if layer is None or found is None:
+                skipped[name] = "its input was not measured"
+                continue
+            scale = torch.ones(group.channels + 1, dtype=torch.float64)
+            scale[stays] = solve_scale(found.cpu(), stays, name=name)
+            for member in group.members:
+                if member.role == "consumes" and member.parameter == layer.weight:
+                    units = torch.tensor(member.units)
+                    stay = torch.tensor(kept[member.parameter, member.dim])
+                    factors.append((tensors[layer.weight], member.dim, scale[units][stay]))
+            done.append(name)
+    with torch.no_grad():
+        for weight, dim, factor in factors:
+            shape = [1] * weight.ndim
+            shape[dim] = -1
+            weight.mul_(factor.to(weight).reshape(shape))
+    return Repaired(tuple(done), skipped)
+
+
+class _Pass:
+    """One pass over the cut network."""
+
+    def __init__(
+        self,
+        small: nn.Module,
+        plan: Plan,
+        seen: Observations,
+        batches: Sequence[ExampleInputs],
+        settings: RepairSettings,
+        progress: Progress | None,
+    ) -> None:
+        self.small, self.seen, self.settings = small, seen, settings
+        self.batches, self.progress = batches, progress
+        self.execution = Execution(small)
+        self.program = self.execution.program(batches[0])
+        self.layers = find_layers(self.program)
+        self.needs = dependencies(self.program)
+        self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
+        self.touched = self._touched()
+        self.refitted: list[str] = []
+        self.skipped: dict[str, str] = {}
+
+    def run(self) -> Repaired:
+        self.execution.run(self.batches, before=self._before, order=self._order())
+        new = self.execution.tensors
+        with torch.no_grad():
+            for name, tensor in named_tensors(self.small):
+                if new[name].data_ptr() != tensor.data_ptr():
+                    tensor.copy_(new[name])
+        return Repaired(tuple(self.refitted), self.skipped)
+
+    def _touched(self) -> set[int]:
+        """Operations that see anything of the cut."""
+        cut_names = {name for name, _ in self.kept}
+        changed = {i for i, name in self.program.names.items() if name in cut_names}
+        found: set[int] = set()
+        for op in self.program.ops:
+            if any(value.id in changed for value in op.inputs()):
+                found.add(op.index)
+                changed.update(value.id for value in op.outputs())
+        return found
+
+    def _order(self) -> list[int]:
+        """As recorded, but what a shortcut needs comes before the layer that makes up for it."""
+        maker: dict[int, int] = {}
+        for op in self.program.ops:
+            for value in op.outputs():
+                maker.setdefault(value.id, op.index)
+        done: set[int] = set()
+        order: list[int] = []
+
+        def visit(index: int) -> None:
+            if index in done:
+                return
+            for need in sorted(self.needs[index]):
+                visit(need)
+            layer = self.layers.get(index)
+            if layer is not None and layer.shortcut is not None:
+                source = maker.get(layer.shortcut.id)
+                if source is not None and source not in done and not self._behind(source, index):
+                    visit(source)
+            if index not in done:
+                done.add(index)
+                order.append(index)
+
+        for op in self.program.ops:
+            visit(op.index)
+        return order
+
+    def _behind(self, later: int, earlier: int) -> bool:
+        """Whether one operation needs another to have run."""
+        pending, met = [later], set[int]()
+        while pending:
+            index = pending.pop()
+            if index == earlier:
+                return True
+            fresh = {n for n in self.needs[index] if n >= earlier} - met
+            met |= fresh
+            pending.extend(fresh)
+        return False
+
+    def _before(self, op: Op, envs: Sequence[Environment]) -> None:
+        layer = self.layers.get(op.index)
+        if layer is None or op.index not in self.touched:
+            return
+        name = layer.weight.removesuffix(".weight")
+        if self.settings.layers == "consumers" and (layer.weight, 1) not in self.kept:
+            return
+        reason = self._cannot(layer)
+        if reason is not None:
+            self.skipped[name] = reason
+            return
+        self._refit(layer, envs)
+        self.refitted.append(name)
+        if self.progress is not None:
+            self.progress("repairing", op.index + 1, len(self.program.ops))
+
+    def _cannot(self, layer: Layer) -> str | None:
+        columns = columns_of(layer, self.execution.tensors[layer.weight])
+        if layer.op not in self.seen.targets:
+            return "the dense network has no such layer"
+        if layer.shared:
+            return "its weights are used more than once"
+        if layer.geometry.groups > 1:
+            return "grouped convolutions are not refitted"
+        if columns > WIDEST:
+            return f"its {columns} input columns are more than {WIDEST}"
+        return None
+
+    def _refit(self, layer: Layer, envs: Sequence[Environment]) -> None:
+        tensors = self.execution.tensors
+        weight = tensors[layer.weight]
+        columns = columns_of(layer, weight)
+        targets = self.seen.targets[layer.op]
+        outputs = self.kept.get((layer.weight, 0))
+        moments = Moments(
+            columns, len(weight), where=layer.module or layer.weight, device=weight.device
+        )
+        for number, env in enumerate(envs):
+            positions = targets.positions[number]
+            phi = patches(env[layer.x.id], layer.geometry, positions)
+            moments.add(phi, self._target(layer, targets, number, env, outputs, positions))
+        free = layer.bias is not None or layer.norm is not None
+        new, intercept = solve_full(
+            moments.second,
+            moments.mean,
+            moments.cross,
+            moments.y_mean,
+            weight.flatten(1),
+            ridge=self.settings.ridge,
+            intercept=free,
+            name=layer.module or layer.weight,
+        )
+        tensors[layer.weight] = new.reshape(weight.shape).to(weight)
+        if layer.bias is not None:
+            tensors[layer.bias] = intercept.to(tensors[layer.bias])
+        elif layer.norm is not None:
+            mean = tensors[layer.norm.mean]
+            tensors[layer.norm.mean] = mean - intercept.to(mean)
+
+    def _target(
+        self,
+        layer: Layer,
+        targets: LayerTargets,
+        number: int,
+        env: Environment,
+        outputs: tuple[int, ...] | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        y = targets.y[number]
+        pick = None if outputs is None else torch.tensor(outputs, device=y.device)
+        y = y if pick is None else y[:, pick]
+        shortcut = layer.shortcut
+        if not self.settings.shortcut or shortcut is None or not targets.shortcut:
+            return y
+        if shortcut.id not in env:
+            return y
+        was = targets.shortcut[number]
+        was = was if pick is None else was[:, pick]
+        lost = was - output_rows(env[shortcut.id], layer.geometry, positions)
+        return y + (lost if layer.norm is None else lost * self._inverse_gain(layer.norm))
+
+    def _inverse_gain(self, norm: Affine) -> Tensor:
+        """What the norm divides by; 0 for channels that it all but switches off."""
+        tensors = self.execution.tensors
+        gain = torch.rsqrt(tensors[norm.var] + norm.eps)
+        if norm.scale is not None:
+            gain = gain * tensors[norm.scale]
+        dead = gain.abs() < 1e-3 * gain.abs().max()
+        return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
+
+

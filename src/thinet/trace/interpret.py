@@ -1,0 +1,205 @@
+"""Run a program on real tensors, one operation at a time over several batches at once.
+
+Running the operations and not the module lets the library look at any of them, bring forward what a
+later one needs, and change a weight before it is used, all in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from thinet.errors import CalibrationError
+from thinet.observe import plain_attention, preserved_rng
+from thinet.surgery.apply import named_tensors
+from thinet.trace.record import Op, Program, Value, record, values_of
+from thinet.types import ExampleInputs, as_call
+
+Environment = dict[int, torch.Tensor]
+"""Tensors of one batch that are still needed, by value id."""
+
+Observer = Callable[[Op, Sequence[Environment]], None]
+
+
+class Execution:
+    """Programs of one model, recorded once for each shape of batch.
+
+    Attributes:
+        tensors: the model's parameters and buffers by name; a repair replaces entries.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.tensors: dict[str, torch.Tensor] = {
+            name: tensor.detach() for name, tensor in named_tensors(model)
+        }
+        self._programs: dict[tuple[tuple[int, ...], ...], Program] = {}
+
+    def program(self, inputs: ExampleInputs) -> Program:
+        """The program for inputs of this shape.
+
+        Raises:
+            CalibrationError: a batch of another shape runs other operations.
+        """
+        key = tuple(
+            tuple(x.shape) for x in tree_flatten(as_call(inputs))[0] if isinstance(x, torch.Tensor)
+        )
+        if key not in self._programs:
+            program = record(self._model, inputs)
+            for first in self._programs.values():
+                if [op.func for op in first.ops] != [op.func for op in program.ops]:
+                    raise CalibrationError(
+                        f"a batch of shapes {key} takes another way through the model than the "
+                        "first batch; calibrate with inputs of one size"
+                    )
+            self._programs[key] = program
+        return self._programs[key]
+
+    def run(
+        self,
+        batches: Sequence[ExampleInputs],
+        *,
+        before: Observer | None = None,
+        after: Observer | None = None,
+        order: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Move all batches forward together, one operation at a time.
+
+        Args:
+            before: called before each operation with the tensors that it will read.
+            after: called after each operation, before what is no longer needed is freed.
+            order: indices of all operations in the order to run them; by default as recorded.
+
+        Returns:
+            The outputs of each batch.
+        """
+        programs = [self.program(batch) for batch in batches]
+        with torch.no_grad(), preserved_rng(), plain_attention():
+            envs = [self._begin(p, b) for p, b in zip(programs, batches, strict=True)]
+            uses = [_uses(program) for program in programs]
+            for index in order if order is not None else range(len(programs[0].ops)):
+                if before is not None:
+                    before(programs[0].ops[index], envs)
+                for program, env in zip(programs, envs, strict=True):
+                    self._step(program.ops[index], env)
+                if after is not None:
+                    after(programs[0].ops[index], envs)
+                for program, env, left in zip(programs, envs, uses, strict=True):
+                    _free(program.ops[index], env, left)
+            return [
+                tree_map(lambda x, env=env: env[x.id] if isinstance(x, Value) else x, p.outputs)
+                for p, env in zip(programs, envs, strict=True)
+            ]
+
+    def _begin(self, program: Program, batch: ExampleInputs) -> Environment:
+        env: Environment = {}
+        for value, leaf in zip(
+            tree_flatten(program.inputs)[0], tree_flatten(as_call(batch))[0], strict=True
+        ):
+            if isinstance(value, Value):
+                env[value.id] = leaf.detach().clone()
+        device = next(iter(env.values())).device
+        for value_id, tensor in program.constants.items():
+            if tensor.is_meta:
+                raise CalibrationError(
+                    "the model uses a tensor that is neither a parameter nor a buffer; register it "
+                    "with register_buffer so that calibration can run"
+                )
+            env[value_id] = tensor.to(device)
+        return _Backed(env, self.tensors, program.names)
+
+    def _step(self, op: Op, env: Environment) -> None:
+        def real(x: Any) -> Any:
+            if isinstance(x, Value):
+                return env[x.id]
+            if isinstance(x, torch.device) and x.type == "meta":
+                return device
+            return x
+
+        device = next(iter(self.tensors.values())).device
+        result = _call(op, *tree_map(real, (op.args, op.kwargs)))
+        for value, tensor in zip(tree_flatten(op.result)[0], tree_flatten(result)[0], strict=True):
+            if isinstance(value, Value):
+                env[value.id] = tensor
+
+
+class _Backed(dict[int, torch.Tensor]):
+    """One batch's tensors; parameters are looked up by name, so that a repair is seen at once."""
+
+    def __init__(
+        self, env: Environment, tensors: Mapping[str, torch.Tensor], names: Mapping[int, str]
+    ) -> None:
+        super().__init__(env)
+        self._tensors, self._names = tensors, names
+
+    def __missing__(self, key: int) -> torch.Tensor:
+        return self._tensors[self._names[key]]
+
+
+def _call(op: Op, args: Any, kwargs: Any) -> Any:
+    try:
+        return op.func(*args, **kwargs)
+    except RuntimeError:
+        if op.name not in ("aten.view", "aten._unsafe_view"):
+            raise
+        # Strides differ from those of the recording where a kernel chose another memory format.
+        return args[0].reshape(args[1])
+
+
+def _free(op: Op, env: Environment, left: Counter[int]) -> None:
+    """Forget what no later operation reads."""
+    touched = {value.id for value in op.inputs()}
+    left.subtract(touched)
+    for value_id in touched | {value.id for value in op.outputs()}:
+        if left[value_id] <= 0:
+            env.pop(value_id, None)
+
+
+def _uses(program: Program) -> Counter[int]:
+    """How many operations read each value; outputs are read once more."""
+    uses: Counter[int] = Counter()
+    for op in program.ops:
+        uses.update({value.id for value in op.inputs()})
+    uses.update({value.id for value in values_of(program.outputs)})
+    return uses
+
+
+def dependencies(program: Program) -> list[set[int]]:
+    """For each operation, the earlier ones that must have run: its inputs' and its memory's.
+
+    Where memory is written in place, everything that touches it keeps its order.
+    """
+    maker: dict[int, int] = {}
+    written: dict[int, int] = {}
+    read: dict[int, set[int]] = {}
+    found: list[set[int]] = []
+    for op in program.ops:
+        needs = {maker[v.id] for v in op.inputs() if v.id in maker}
+        storages = {v.storage for v in op.inputs()}
+        needs |= {written[s] for s in storages if s in written}
+        if op.func._schema.is_mutable:
+            changed = {v.storage for v in op.outputs()} | _written(op)
+            for s in changed:
+                needs |= read.get(s, set())
+                written[s] = op.index
+                read[s] = set()
+        for s in storages:
+            read.setdefault(s, set()).add(op.index)
+        for v in op.outputs():
+            maker.setdefault(v.id, op.index)
+        needs.discard(op.index)
+        found.append(needs)
+    return found
+
+
+def _written(op: Op) -> set[int]:
+    changed: set[int] = set()
+    for argument, given in zip(op.func._schema.arguments, op.args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            changed |= {v.storage for v in values_of(given)}
+    return changed
