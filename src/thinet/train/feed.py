@@ -46,7 +46,7 @@ class Feed:
                 f"data of type {type(data).__name__} cannot be trained or evaluated on; give a "
                 "loader, a DataLoader or a list of (images, labels)"
             )
-        if iter(data) is data:
+        if isinstance(data, Iterator):
             raise DataError(
                 "this iterator can be gone through only once; give a DataLoader or list"
             )
@@ -69,7 +69,8 @@ class Feed:
         images, labels = _pair(next(iter(self._fetched(0, [0]))), 0)
         digest = hashlib.blake2b(digest_size=16)
         for tensor in (images, labels):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
         return {"batches": self.batches, "first batch": digest.hexdigest()}
 
     def _fetched(self, epoch: int, numbers: list[int]) -> Iterator[Any]:
@@ -81,7 +82,6 @@ class Feed:
 
     def _indexed(self, data: DataLoader[Any], epoch: int, numbers: list[int]) -> Iterable[Any]:
         order = self._order(data, epoch)
-        more = {"prefetch_factor": data.prefetch_factor} if data.num_workers else {}
         return DataLoader(
             _SeededBatches(data, self._seed, epoch),
             batch_size=None,
@@ -92,7 +92,7 @@ class Feed:
             worker_init_fn=data.worker_init_fn,
             multiprocessing_context=data.multiprocessing_context if data.num_workers else None,
             timeout=data.timeout,
-            **more,
+            prefetch_factor=data.prefetch_factor,
         )
 
     def _order(self, data: DataLoader[Any], epoch: int) -> list[Any]:
@@ -131,8 +131,9 @@ class _SeededBatches(Dataset[Any]):
     def __getitem__(self, wanted: tuple[int, Any]) -> Any:
         number, indices = wanted
         with seeded("batch", self._seed, self._epoch, number):
-            if hasattr(self._dataset, "__getitems__"):
-                return self._collate(self._dataset.__getitems__(indices))
+            several = getattr(self._dataset, "__getitems__", None)
+            if several is not None:
+                return self._collate(several(indices))
             return self._collate([self._dataset[index] for index in indices])
 
 

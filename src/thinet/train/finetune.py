@@ -21,7 +21,7 @@ from thinet.train.feed import Feed
 from thinet.train.interrupt import Interrupts
 from thinet.train.logs import Logs
 from thinet.train.loss import Loss
-from thinet.train.optimizer import copied, sgd
+from thinet.train.optimizer import copied
 from thinet.train.processes import Processes, current
 from thinet.train.schedule import learning_rate
 from thinet.types import Progress
@@ -140,8 +140,7 @@ class _Run:
         group = processes.world * config.accumulate
         self.group, self.steps = group, -(-feed.batches // group)
         self.identity: dict[str, Any] = {}
-        self.model, self.optimizer = copied(model, optimizer, processes)
-        self.optimizer = self.optimizer or sgd(self.model, config)
+        self.model, self.optimizer = copied(model, optimizer, config, processes)
         self.given = (model, optimizer, teacher)
         self.loss = Loss(config, teacher, processes.device)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay is not None else None
@@ -227,12 +226,12 @@ class _Run:
         sums = [0.0, 0.0, 0.0, float(stop)]
         first = self.step * self.group
         here = range(first, min(first + self.group, self.feed.batches))
+        # fetched before seeding: a loader that starts draws from the global generator
+        mine = [next(batches) for _ in here[self.processes.rank :: self.processes.world]]
         with seeded("model", self.config.seed, *where):
-            for _ in here[self.processes.rank :: self.processes.world]:
-                batch, images, labels = next(batches)
+            for batch, images, labels in mine:
                 if len(images) == 0:
                     continue
-                self._check_batch(images, batch)
                 loss, right = self.loss(self.model, images, labels, f"batch {batch}")
                 total = loss * len(images)
                 self.scaler.scale(total).backward()
@@ -276,15 +275,6 @@ class _Run:
         record = EpochRecord(self.epoch, self.lr, loss / images, right / images, seconds, scored)
         self.history.append(record)
         return record
-
-    def _check_batch(self, images: torch.Tensor, batch: int) -> None:
-        if len(images) == 1 and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()
-        ):
-            raise DataError(
-                f"batch {batch} has a single image, which BatchNorm cannot be trained on; leave "
-                "the last batch out (drop_last=True) or change the batch size"
-            )
 
     def _check_loss(self, loss: float, number: int) -> None:
         if not abs(loss) < float("inf"):
@@ -343,8 +333,8 @@ class _Run:
 
 
 def _record(saved: dict[str, Any]) -> EpochRecord:
-    scored = saved["validation"]
-    return EpochRecord(**{**saved, "validation": Evaluation(**scored) if scored else None})
+    scored = saved.pop("validation")
+    return EpochRecord(**saved, validation=Evaluation(**scored) if scored else None)
 
 
 def _plain(value: Any) -> Any:

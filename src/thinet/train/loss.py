@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from thinet.errors import DataError
 from thinet.observe import evaluating
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
@@ -34,8 +36,7 @@ class Loss:
     ) -> tuple[torch.Tensor, float]:
         """Mean loss of a batch with its graph, and how many images were right."""
         images = images.to(self.device, non_blocking=True)
-        with self._precision():
-            output = model(images)
+        output = self._run(model, images, where)
         logits = logits_of(output)
         check_targets(labels, logits.shape[1], len(logits), where)
         labels = labels.to(self.device, torch.int64, non_blocking=True)
@@ -49,6 +50,18 @@ class Loss:
         for weight, auxiliary in auxiliary_of(output):
             loss = loss + weight * self._labels(auxiliary, labels)
         return loss, float((logits.detach().argmax(dim=1) == labels).sum())
+
+    def _run(self, model: nn.Module, images: torch.Tensor, where: str) -> Any:
+        try:
+            with self._precision():
+                return model(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                f"{where} has a single image, which BatchNorm cannot be trained on; leave the last "
+                "batch out (drop_last=True) or change the batch size"
+            ) from error
 
     def _labels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         smoothing = self.config.label_smoothing

@@ -31,9 +31,12 @@ def sgd(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
 
 
 def copied(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, processes: Processes
-) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Copies of a model and of an optimizer over its parameters, on the device, tied as before.
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: FinetuneConfig,
+    processes: Processes,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of a model on the device, and of its optimizer, or fresh SGD where there is none.
 
     Raises:
         OptionError: the optimizer holds a parameter that is not the model's.
@@ -48,6 +51,7 @@ def copied(
     model, optimizer = copy.deepcopy((model, optimizer))
     model.to(processes.device)
     processes.same_model(model)
-    if optimizer is not None:
-        optimizer.load_state_dict(optimizer.state_dict())  # its state follows to the device
+    if optimizer is None:
+        return model, sgd(model, config)
+    optimizer.load_state_dict(optimizer.state_dict())  # its state follows to the device
     return model, optimizer

@@ -20,8 +20,8 @@ def logits_of(output: Any) -> torch.Tensor:
     """
     found = output
     if not isinstance(found, torch.Tensor):
-        if isinstance(found, Mapping) and "logits" in found:
-            found = found["logits"]
+        if isinstance(found, Mapping):
+            found = found.get("logits")
         elif hasattr(found, "logits"):
             found = found.logits
         elif isinstance(found, (tuple, list)) and found:

@@ -99,23 +99,23 @@ def current(device: str | torch.device | None = None) -> Processes:
             f"training runs on accelerate, which is missing ({error}): pip install accelerate"
         ) from error
     state = PartialState()
+    own = torch.device(str(state.device))
+    rank, world = int(state.process_index), int(state.num_processes)
     if device is None:
-        return Processes(state.process_index, state.num_processes, torch.device(state.device))
+        return Processes(rank, world, own)
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device!r} cannot be used: {_first_line(error)}") from error
-    if state.num_processes > 1 and chosen.type != torch.device(state.device).type:
+    if world == 1:
+        return Processes(rank, world, chosen)
+    if chosen.type != own.type:
         raise OptionError(
-            f"device {device!r} was asked for, but accelerate started {state.num_processes} "
-            f"processes on {torch.device(state.device).type}; leave device out"
+            f"device {device!r} was asked for, but accelerate started {world} processes on "
+            f"{own.type}; leave device out"
         )
-    return Processes(
-        state.process_index,
-        state.num_processes,
-        torch.device(state.device) if state.num_processes > 1 else chosen,
-    )
+    return Processes(rank, world, own)
 
 
 def _first_line(error: BaseException) -> str:

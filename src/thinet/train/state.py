@@ -94,7 +94,7 @@ def fingerprint_of(tensors: Mapping[str, Any], marked: set[str] | None = None) -
         digest.update(repr((name, facts, name in (marked or ()))).encode())
         if tensor is not None and tensor.numel():
             flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
