@@ -42,6 +42,9 @@ METHODS: tuple[tuple[str, str, Repair], ...] = (
 
 DENSE_EPOCHS, TUNE_EPOCHS = 12, 3
 BATCH, TIMED_BATCH = 64, 256
+SECONDS = 0.8
+"""Of timed runs for each network."""
+
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -144,7 +147,7 @@ def run(
     timed = latencies(
         {"dense": dense, **{name: result.model for name, result in pruned.items()}},
         torch.cat([x for x, _ in data.test])[:TIMED_BATCH],
-        seconds=0.8,
+        seconds=SECONDS,
     )
     networks = [_network("dense", dense, example, timed["dense"].median_ms, data)]
     tuned: dict[str, nn.Module] = {}

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from thinet.checkpoint import is_checkpoint, load_with_plan
+from thinet.checkpoint import KEY, load, load_plan
 from thinet.cli.options import triple
 from thinet.errors import OptionError
 from thinet.images import Preprocess
@@ -34,11 +35,19 @@ def network(
         ModelError, CheckpointError, OptionError: see `thinet.models.resolve` and `thinet.load`.
     """
     where = chosen_device(device)
-    if weights is not None and is_checkpoint(weights):
-        dense = resolve(spec, num_classes=classes)
-        model, plan = load_with_plan(weights, dense)
-        return Named(spec, model.to(where).eval(), plan)
+    if weights is not None and holds_plan(weights):
+        model = load(weights, resolve(spec, num_classes=classes))
+        return Named(spec, model.to(where).eval(), load_plan(weights))
     return Named(spec, resolve(spec, weights=weights, num_classes=classes, device=where), None)
+
+
+def holds_plan(path: Path) -> bool:
+    """Whether a file was written by `thinet.save`; False for one that cannot be read, too."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def chosen_device(device: str | None) -> torch.device:

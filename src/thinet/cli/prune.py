@@ -15,7 +15,6 @@ from thinet.cli.files import REPORTS, check_output, write_report
 from thinet.cli.folders import labelled
 from thinet.cli.inputs import example, network, pictures
 from thinet.plan import Plan
-from thinet.prune import Sampling
 from thinet.prune import Repair, Sampling
 from thinet.prune import prune as cut_and_repair
 from thinet.report.data import Network, Report
