@@ -193,7 +193,12 @@ def silence(model: nn.Module, cuts: Cuts, dims: set[tuple[str, int]] | None) -> 
 
 
 def judge(
-    model: nn.Module, cut: nn.Module, inputs: Any, groups: Iterable[Any], removed: Removed
+    model: nn.Module,
+    cut: nn.Module,
+    inputs: Any,
+    groups: Iterable[Any],
+    removed: Removed,
+    enough: float = 1e-9,
 ) -> Verdict:
     """Compare a cut model with the silenced original, in the way that fits better."""
     groups = [g for g in groups if g.name in removed]
@@ -206,7 +211,7 @@ def judge(
         verdict = Verdict(way, distance(small, silent), distance(dense, silent))
         if best is None or verdict.error < best.error:
             best = verdict
-        if best.error < 1e-9:
+        if best.error < enough:
             break
     assert best is not None
     return best

@@ -22,7 +22,7 @@ from tests.random_nets import ALL, PLAIN, RandomNet, Step
 torch.set_num_threads(1)
 NUMBERS = st.integers(0, 11)
 QUIET = settings(
-    max_examples=220,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,
@@ -44,14 +44,14 @@ def prepared(steps: list[Step], flatten: bool, seed: int) -> tuple[RandomNet, An
 
 
 def assert_exact_or_refused(steps: list[Step], flatten: bool, seed: int) -> int:
-    """Cut all unlocked groups at once, then two of them alone. Returns how many can be cut."""
+    """Cut all unlocked groups at once, then one of them alone. Returns how many can be cut."""
     model, inputs, groups = prepared(steps, flatten, seed)
     rng = random.Random(seed)
     free = [g for g in groups if g.locked is None and g.channels > 1]
     removed = {g.name: rng.sample(range(g.channels), rng.randint(1, g.channels - 1)) for g in free}
     if removed:
         check(model, inputs, groups, removed, thinet.cut)
-    for name in rng.sample(sorted(removed), min(2, len(removed))):
+    for name in rng.sample(sorted(removed), min(1, len(removed))):
         check(model, inputs, groups, {name: removed[name]}, thinet.cut)
     return len(free)
 
