@@ -21,12 +21,14 @@ class Budget:
     Attributes:
         macs: of the multiply-adds of the whole model.
         params: of its parameters.
-        keep: of the channels of every group, `int(channels * keep)` as the paper, at least 1.
+        keep: of the channels of every group, `int(channels * keep)` as the paper, at least 1; or
+            a mapping from group names to a fraction (float) or a number of channels (int), groups
+            that are not named staying whole.
     """
 
     macs: float | None = None
     params: float | None = None
-    keep: float | None = None
+    keep: float | Mapping[str, int | float] | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in self.__dict__.items() if value is not None}
@@ -34,6 +36,9 @@ class Budget:
             names = " and ".join(given) or "none"
             raise BudgetError(f"a budget names one of macs, params and keep; {names} given")
         ((name, value),) = given.items()
+        if isinstance(value, Mapping):
+            _check_named(name, value)
+            return
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= 1:
             raise BudgetError(
@@ -48,10 +53,29 @@ class Budget:
     def fraction(self) -> float:
         return float(getattr(self, self.kind))
 
+    @property
+    def named(self) -> Mapping[str, int | float] | None:
+        """What stays of each named group, None where one fraction is for all."""
+        return self.keep if isinstance(self.keep, Mapping) else None
 
-def uniform_widths(
-    budget: Budget, groups: Sequence[ChannelGroup], costs: Costs
-) -> dict[str, int]:
+
+def _check_named(kind: str, keep: Mapping[object, object]) -> None:
+    if kind != "keep" or not keep:
+        raise BudgetError(
+            f"only keep takes a mapping, of at least one group name; got {kind}={dict(keep)!r}"
+        )
+    for name, value in keep.items():
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not isinstance(name, str) or not (
+            count or (isinstance(value, float) and 0 < value <= 1)
+        ):
+            raise BudgetError(
+                f"keep of {name!r} is a number of channels (a whole number from 1) or a fraction "
+                f"(a float above 0 and at most 1); got {value!r}"
+            )
+
+
+def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs) -> dict[str, int]:
     """How many units stay in each group, the same fraction everywhere (as the paper).
 
     A budget of costs is met by search: the largest common fraction that fits, then single units
@@ -64,6 +88,8 @@ def uniform_widths(
     Raises:
         BudgetError: the model costs more even with one channel left in each group; says how much.
     """
+    if budget.named is not None:
+        return {g.name: _units(g, budget.named.get(g.name, g.channels)) for g in groups}
     if budget.kind == "keep":
         return _kept(groups, budget.fraction)
     measure = costs.macs if budget.kind == "macs" else costs.params
@@ -91,8 +117,17 @@ def uniform_widths(
 
 
 def _kept(groups: Sequence[ChannelGroup], fraction: float) -> dict[str, int]:
-    # The small excess undoes the rounding of k / n * n.
-    return {g.name: max(1, math.floor(g.channels * fraction + 1e-9)) for g in groups}
+    return {g.name: _units(g, float(fraction)) for g in groups}
+
+
+def _units(group: ChannelGroup, keep: int | float) -> int:
+    """The number of units that a count or a fraction leaves of a group."""
+    if isinstance(keep, float):
+        # The small excess undoes the rounding of k / n * n.
+        return max(1, math.floor(group.channels * keep + 1e-9))
+    if keep > group.channels:
+        raise BudgetError(f"{group.name} cannot keep {keep} channels, it has {group.channels}")
+    return keep
 
 
 def _fill(

@@ -106,7 +106,7 @@ def prune(
         model: the dense model; it is left as it was.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs.
         calibration: batches of unlabelled images: tensors, (tensor, target) pairs or dicts.
-        budget: the fraction that stays.
+        budget: the fraction that stays, or what stays of each named group.
         criterion: how channels are chosen, a name of `thinet.criteria`.
         repair: "none", "scale" (the paper: one scalar for each kept channel) or "full" (new weights
             for every layer behind the first cut, towards the dense network's outputs).
@@ -132,6 +132,8 @@ def prune(
     device = next(iter(model.parameters()), torch.empty(0)).device
     batches = calibration_inputs(calibration, device=device)
     analysis = analyse(model, example_inputs)
+    if budget.named is not None:
+        only = _named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
     widths = uniform_widths(budget, groups, analysis.costs)
     _check_cost(budget, analysis, widths)
@@ -160,7 +162,7 @@ def prune(
     settings = {
         "criterion": criterion,
         "repair": repair,
-        "budget": {budget.kind: budget.fraction},
+        "budget": {budget.kind: dict(budget.named) if budget.named else budget.fraction},
         "sampling": sampling,
         "recalibrate": recalibrate,
         "seed": seed,
@@ -169,13 +171,13 @@ def prune(
     reached = {
         "macs": analysis.costs.macs(widths) / max(analysis.costs.macs({}), 1),
         "params": analysis.costs.params(widths) / max(analysis.costs.params({}), 1),
-        "keep": budget.fraction,
+        "keep": _share(groups, widths) if budget.named else budget.fraction,
     }
     report = PruneReport(
         criterion=criterion,
         repair=repair,
         budget=budget.kind,
-        target=budget.fraction,
+        target=_share(groups, widths) if budget.named else budget.fraction,
         reached=reached[budget.kind],
         macs_before=analysis.costs.macs({}),
         macs_after=analysis.costs.macs(widths),
@@ -219,6 +221,32 @@ def select_groups(
             "nothing can be cut" + (":" + reasons if reasons else "; no group is chosen")
         )
     return free
+
+
+def _named_groups(
+    groups: Sequence[ChannelGroup],
+    named: Mapping[str, object],
+    only: str | Sequence[str] | None,
+    skip: str | Sequence[str] | None,
+) -> list[str]:
+    """The names of a budget that names its groups; errors as `select_groups` raises them."""
+    if only is not None or skip is not None:
+        raise OptionError("this budget names its groups; leave only and skip out")
+    known = {group.name: group for group in groups}
+    for name in named:
+        if name not in known:
+            raise UnknownGroupError(
+                f"the budget names the group {name!r}, which is none of the {len(known)} groups; "
+                "thinet inspect lists them all"
+            )
+        if known[name].locked is not None:
+            raise LockedGroupError(f"group {name!r} may not be cut: {known[name].locked}")
+    return list(named)
+
+
+def _share(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> float:
+    """Units that stay, of all units of these groups."""
+    return sum(widths[g.name] for g in groups) / sum(g.channels for g in groups)
 
 
 def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
