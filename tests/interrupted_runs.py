@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from thinet.train import state
 from thinet.train.config import FinetuneConfig
 from thinet.train.finetune import FinetuneResult, finetune
+from thinet.train.identity import fingerprint
 
 EPOCHS = 3
 CONFIG = FinetuneConfig(
@@ -57,7 +57,7 @@ def dropping_net() -> nn.Module:
 
 
 def digest(result: FinetuneResult) -> str:
-    return state.fingerprint(result.model)
+    return fingerprint(result.model)
 
 
 def trained(folder: Path | None, pause: float = 0.0, **options: Any) -> FinetuneResult:

@@ -79,7 +79,14 @@ def test_training_is_shuffled_augmented_and_repeatable(
 ) -> None:
     def make(seed: int) -> Loader:
         return loader(
-            folder, train=True, crop=crop, batch_size=4, preload=preload, seed=seed, padding=2, **PLAIN
+            folder,
+            train=True,
+            crop=crop,
+            batch_size=4,
+            preload=preload,
+            seed=seed,
+            padding=2,
+            **PLAIN,
         )
 
     data, again, other = make(0), make(0), make(1)
@@ -146,7 +153,7 @@ def test_a_folder_of_damaged_images_only(tmp_path: Path) -> None:
 
 def test_labels_are_needed_for_training(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="has no classes; .*one folder of images a class"):
+    with pytest.raises(DataError, match=r"has no classes; .*one folder of images a class"):
         loader(tmp_path)
     with pytest.raises(DataError, match="has no classes, so its images have no labels"):
         calibration_batches(tmp_path, labels=True)

@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 0, 6, 5])  # images 0, 1, 2 are right
 LOGITS[3, 0], LOGITS[4, 0], LOGITS[6, 5] = 1.0, -1.0, -1.0
 LOGITS[5, 6] = 2.0
 BATCHES = [(LOGITS[:4], LABELS[:4]), (LOGITS[4:], LABELS[4:])]
-Named = namedtuple("Named", ["logits", "aux_logits2", "aux_logits1"])  # noqa: PYI024
+Named = namedtuple("Named", ["logits", "aux_logits2", "aux_logits1"])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinet.errors import DataError, MissingExtraError, ModelError, OptionError, TrainingError
-from thinet.train import finetune as module
+from thinet.train import state
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
 from thinet.train.ema import Ema
@@ -66,13 +66,13 @@ def cross_entropy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) 
 def test_it_is_the_loop_written_out_and_leaves_the_model_alone() -> None:
     model, data = net().eval(), batches()
     before = copy.deepcopy(model)
-    state = torch.get_rng_state()
+    random = torch.get_rng_state()
     result = finetune(model, data, epochs=3, config=FinetuneConfig(**PLAIN), validation=data)
     wanted = written_out(model, data, 3, cross_entropy, lr=0.1, momentum=0.9, weight_decay=0.01)
     assert same(result.model, wanted, rtol=1e-12, atol=1e-14)
     assert not same(result.model, model)
     assert same(model, before)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
     assert not result.model.training
     assert all(p.grad is None for p in [*model.parameters(), *result.model.parameters()])
@@ -92,9 +92,7 @@ def test_the_first_epochs_loss_and_top1_are_those_met_on_the_way() -> None:
 
 def test_nesterov_smoothing_and_sparing_biases() -> None:
     model, data = net(), batches()
-    config = FinetuneConfig(
-        **PLAIN, nesterov=True, label_smoothing=0.2, decay_norm_and_bias=False
-    )
+    config = FinetuneConfig(**PLAIN, nesterov=True, label_smoothing=0.2, decay_norm_and_bias=False)
     copied = copy.deepcopy(model)
     groups = [
         {"params": [p for p in copied.parameters() if p.ndim > 1], "weight_decay": 0.01},
@@ -228,8 +226,8 @@ def test_tied_weights_stay_tied() -> None:
     assert not torch.equal(found[0].weight, model[0].weight)
 
 
-Two = namedtuple("Two", ["logits", "aux_logits2", "aux_logits1"])  # noqa: PYI024
-One = namedtuple("One", ["logits", "aux_logits"])  # noqa: PYI024
+Two = namedtuple("Two", ["logits", "aux_logits2", "aux_logits1"])
+One = namedtuple("One", ["logits", "aux_logits"])
 
 
 class Heads(nn.Module):
@@ -277,11 +275,13 @@ def test_mixed_precision_learns_nearly_the_same(precision: Any) -> None:
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     data = batches()
     data[3] = (data[3][0] * float("nan"), data[3][1])
-    with pytest.raises(TrainingError, match=r"the loss is nan in step 4 \(epoch 1\); lower the lea"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan in step 4 \(epoch 1\); lower the lea"
+    ):
         finetune(net(), data, epochs=2, config=FinetuneConfig(**PLAIN))
     with pytest.raises(TrainingError, match=r"checkpoint in .* is of an earlier step"):
         finetune(net(), data, epochs=2, checkpoint=tmp_path / "run", save_every=2)
-    tensors, facts = module.state.read(tmp_path / "run") or ({}, {})
+    tensors, facts = state.read(tmp_path / "run") or ({}, {})
     assert facts["step"] == 2
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 

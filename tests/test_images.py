@@ -45,7 +45,7 @@ def test_other_folders_are_unlabelled(tmp_path: Path, names: tuple[str, ...]) ->
 
 
 def test_folders_without_images_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder .*nowhere"):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         find_images(tmp_path / "nowhere")
     with pytest.raises(DataError, match="is a file; give the folder"):
         find_images(save(tmp_path / "a.png"))

@@ -22,6 +22,7 @@ from thinet.data import loader
 from thinet.errors import CheckpointError
 from thinet.train import state
 from thinet.train.finetune import finetune
+from thinet.train.identity import fingerprint
 
 
 class Stopped(Exception):
@@ -180,7 +181,7 @@ def test_another_run_is_refused_and_says_what_differs(tmp_path: Path) -> None:
 
 def test_where_logs_go_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path)
-    monkeypatch.setattr("thinet.train.finetune.Logs", lambda *_: __import__("contextlib").nullcontext())
+    monkeypatch.setattr("thinet.train.run.Logs", lambda *_: __import__("contextlib").nullcontext())
     trained(tmp_path, config=replace(CONFIG, log_dir="elsewhere"))
 
 
@@ -208,7 +209,7 @@ def test_files_that_are_no_training_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a file; give a folder"):
         trained(tmp_path / "file")
     (tmp_path / state.NAME).write_bytes(b"half a file")
-    with pytest.raises(CheckpointError, match="cannot be read .*delete it, or start over"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*delete it, or start over"):
         trained(tmp_path)
     state.save_file({"a": torch.ones(1)}, tmp_path / state.NAME)
     with pytest.raises(CheckpointError, match="is not a training state of this version"):
@@ -218,7 +219,7 @@ def test_files_that_are_no_training_state(tmp_path: Path) -> None:
 
 def test_fingerprints_see_values_shapes_names_and_freezing() -> None:
     base = dropping_net()
-    prints = {state.fingerprint(base)}
+    prints = {fingerprint(base)}
     changes: list[Callable[[nn.Module], object]] = [
         lambda m: m[0].bias.data.add_(1e-6),
         lambda m: m[0].bias.requires_grad_(False),
@@ -228,6 +229,6 @@ def test_fingerprints_see_values_shapes_names_and_freezing() -> None:
     for change in changes:
         model = dropping_net()
         change(model)
-        prints.add(state.fingerprint(model))
+        prints.add(fingerprint(model))
     assert len(prints) == 5
-    assert state.fingerprint(dropping_net()) == state.fingerprint(base)
+    assert fingerprint(dropping_net()) == fingerprint(base)

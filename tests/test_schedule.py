@@ -120,7 +120,7 @@ def test_bad_options(options: Any, text: str) -> None:
 
 
 def test_all_faults_are_told_together() -> None:
-    with pytest.raises(OptionError, match="lr must .*; momentum must .*; seed must"):
+    with pytest.raises(OptionError, match=r"lr must .*; momentum must .*; seed must"):
         FinetuneConfig(lr=-1, momentum=2, seed=-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -57,15 +58,20 @@ class Processes:
         return totals[: len(extra)]
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Running statistics become the mean over the processes."""
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if self.world == 1 or not buffers:
+        """Running statistics become the mean over the processes; counters are the first's."""
+        if self.world == 1:
             return
-        vector = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
-        distributed.all_reduce(vector)
-        parts = (vector / self.world).split([buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
+        buffers = list(model.buffers())
+        averaged = [buffer for buffer in buffers if buffer.is_floating_point()]
+        counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        if averaged:
+            vector = torch.cat([buffer.flatten().double() for buffer in averaged])
+            distributed.all_reduce(vector)
+            _spread(vector / self.world, averaged)
+        if counters:
+            vector = torch.cat([buffer.flatten().long() for buffer in counters])
+            distributed.broadcast(vector, 0)
+            _spread(vector, counters)
 
     def same_model(self, model: nn.Module) -> None:
         """Every process gets the first one's weights and buffers."""
@@ -75,12 +81,26 @@ class Processes:
             for tensor in [*model.parameters(), *model.buffers()]:
                 distributed.broadcast(tensor.detach(), 0)
 
+    def told(self, number: int) -> int:
+        """The main process's number, in every process."""
+        if self.world == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        distributed.broadcast(shared, 0)
+        return int(shared)
+
     def main_first(self, work: Callable[[], None]) -> None:
         """Run `work` in the main process; the others wait until it is done."""
         if self.main:
             work()
         if self.world > 1:
             distributed.barrier()
+
+
+def _spread(vector: torch.Tensor, buffers: list[torch.Tensor]) -> None:
+    parts = vector.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 def current(device: str | torch.device | None = None) -> Processes:
@@ -98,7 +118,8 @@ def current(device: str | torch.device | None = None) -> Processes:
         raise MissingExtraError(
             f"training runs on accelerate, which is missing ({error}): pip install accelerate"
         ) from error
-    state = PartialState()
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=wanted or not torch.accelerator.is_available())
     own = torch.device(str(state.device))
     rank, world = int(state.process_index), int(state.num_processes)
     if device is None:

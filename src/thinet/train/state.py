@@ -7,7 +7,6 @@ moment at which the folder holds no complete state.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from thinet.errors import CheckpointError
 
@@ -53,6 +51,8 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         CheckpointError: the file is not one that `write` wrote.
     """
     path = folder / NAME
+    if folder.is_file():
+        raise CheckpointError(f"checkpoint {folder} is a file; give a folder")
     if not path.exists():
         return None
     try:
@@ -75,27 +75,6 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of names, shapes, types, values and `requires_grad` of all tensors of a model."""
-    trained = {
-        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    return fingerprint_of(model.state_dict(), trained)
-
-
-def fingerprint_of(tensors: Mapping[str, Any], marked: set[str] | None = None) -> str:
-    """A digest of named tensors; values that are no tensors count as their text."""
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        tensor = value if isinstance(value, torch.Tensor) else None
-        facts = (tuple(tensor.shape), str(tensor.dtype)) if tensor is not None else repr(value)
-        digest.update(repr((name, facts, name in (marked or ()))).encode())
-        if tensor is not None and tensor.numel():
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
@@ -132,15 +111,3 @@ def unpack_optimizer(
 
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple))
-
-
-def differences(saved: Any, given: Any, where: str = "") -> list[str]:
-    """What differs between two pieces of plain data, one line each."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        keys = [*saved, *(key for key in given if key not in saved)]
-        return [
-            line
-            for key in keys
-            for line in differences(saved.get(key), given.get(key), f"{where}{key} ")
-        ]
-    return [] if saved == given else [f"{where.strip()} was {saved!r} and is now {given!r}"]
