@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
+from thinet.errors import TraceError
 from thinet.observe import preserved_rng
 from thinet.trace.groups import Analysis, build
-from thinet.trace.labels import Classes, Labeller
-from thinet.trace.record import meta_copy, record
+from thinet.trace.labels import Classes, Labeller, Vector
+from thinet.trace.record import Call, Program, meta_replica, real_replica, record
 from thinet.trace.retrace import refusals
 from thinet.trace.rules import RULES
 from thinet.types import ChannelGroup, ExampleInputs
@@ -54,12 +56,85 @@ def analyse(
     """`find_groups` with everything that the library itself needs beside the groups."""
     trainable = frozenset(name for name, _ in model.named_parameters())
     program = record(model, inputs)
+    trained = _training(model, inputs, program)
     with preserved_rng():
-        pristine = meta_copy(model)
-        walk = Labeller(program, Classes(), RULES, choices=dict(choices or {})).run()
-        analysis = build(walk, trainable, normalised=normalised)
-        refused = [
-            (analysis.roots[group.name], reason)
-            for group, reason in refusals(analysis, pristine, inputs)
-        ]
-    return build(walk, trainable, normalised=normalised, refused=refused) if refused else analysis
+        pristine, call = (meta_replica if program.on_meta else real_replica)(model, inputs)
+        given = dict(choices or {})
+        best = _checked(program, trained, trainable, given, normalised, pristine, call)
+        other = {key: OTHER[best.made[key]] for key in best.doubtful if key not in given}
+        if other:
+            again = _checked(
+                program, trained, trainable, given | other, normalised, pristine, call
+            )
+            best = max(best, again, key=lambda found: found.free_macs)
+    return best.analysis
+
+
+OTHER = {"outer": "inner", "inner": "outer", "whole": "within", "within": "whole"} | {
+    "free": "tied",
+    "tied": "free",
+}
+"""What else can be chosen where a first choice does not follow a cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """An analysis whose groups were seen to follow a cut.
+
+    `doubtful` are the choices made in modules where some group did not.
+    """
+
+    analysis: Analysis
+    doubtful: tuple[str, ...]
+
+    @property
+    def made(self) -> Mapping[str, str]:
+        return self.analysis.labeller.made
+
+    @property
+    def free_macs(self) -> float:
+        """Multiply-adds of operations that some group can make cheaper."""
+        terms = self.analysis.costs.macs_terms
+        return sum(term.at({}, self.analysis.costs.full) for term in terms if term.sizes)
+
+
+def _checked(
+    program: Program,
+    trained: Program | None,
+    trainable: frozenset[str],
+    choices: Mapping[str, str],
+    normalised: bool,
+    pristine: nn.Module,
+    call: Call,
+) -> _Checked:
+    walk = Labeller(program, Classes(), RULES, choices=dict(choices)).run()
+    training = None
+    if trained is not None:
+        seeds = {name: walk.axes[value_id] for value_id, name in program.names.items()}
+        training = Labeller(
+            trained, walk.classes, RULES, choices=dict(choices) | walk.made, seeds=seeds
+        ).run()
+    analysis = build(walk, trainable, training=training, normalised=normalised)
+    refused: list[tuple[Vector, str]] = []
+    modules: set[str] = set()
+    for group, mismatch in refusals(analysis, pristine, call):
+        refused.append((analysis.roots[group.name], mismatch.reason))
+        modules.add(mismatch.module)
+    if refused:
+        analysis = build(
+            walk, trainable, training=training, normalised=normalised, refused=refused
+        )
+    doubtful = tuple(key for key in walk.made if key.rpartition(":")[0] in modules)
+    return _Checked(analysis, doubtful)
+
+
+def _training(model: nn.Module, inputs: ExampleInputs, program: Program) -> Program | None:
+    """The training forward, where it reads parameters that the evaluation forward does not."""
+    unused = set(program.unused)
+    if not unused.intersection(name for name, _ in model.named_parameters()):
+        return None
+    try:
+        trained = record(model, inputs, training=True)
+    except TraceError:  # it does not run in training mode on these inputs
+        return None
+    return trained if set(trained.unused) < unused else None

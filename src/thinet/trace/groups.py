@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from thinet.trace.labels import Axis, Classes, Labeller, Vector
+from thinet.trace.labels import Axis, Classes, Labeller, Mixing, Vector
 from thinet.trace.record import Program
 from thinet.types import ChannelGroup, Member, Role, Site
 
@@ -29,12 +29,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Size:
-    """How many indices of an axis stay: `fixed` + sum over groups of units kept x `per_unit`."""
+    """How many indices of an axis stay: `fixed` + sum over groups of units kept x `per_unit`.
+
+    Where the units of a group have unequally many indices, `per_unit` is their mean.
+    """
 
     fixed: int
-    per_unit: tuple[tuple[str, int], ...]
+    per_unit: tuple[tuple[str, float], ...]
 
-    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> int:
+    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> float:
         return self.fixed + sum(n * widths.get(name, full[name]) for name, n in self.per_unit)
 
 
@@ -46,13 +49,16 @@ class CostTerm:
     times: int
     sizes: tuple[Size, ...]
 
-    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> int:
+    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> float:
         return self.times * prod(size.at(widths, full) for size in self.sizes)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Exact costs of the model for any number of units kept in each group, without cutting it."""
+    """Costs of the model for any number of units kept in each group, without cutting it.
+
+    Exact where all units of a group are alike, as they nearly always are.
+    """
 
     full: Mapping[str, int]
     macs_terms: tuple[CostTerm, ...]
@@ -60,11 +66,11 @@ class Costs:
 
     def macs(self, widths: Mapping[str, int]) -> int:
         """Multiply-adds with `widths[group name]` units kept; groups not named are whole."""
-        return sum(term.at(widths, self.full) for term in self.macs_terms)
+        return round(sum(term.at(widths, self.full) for term in self.macs_terms))
 
     def params(self, widths: Mapping[str, int]) -> int:
         """Elements of all parameters, buffers not counted."""
-        return sum(term.at(widths, self.full) for term in self.params_terms)
+        return round(sum(term.at(widths, self.full) for term in self.params_terms))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,7 @@ class Analysis:
     Attributes:
         program: the traced operations.
         labeller: the axes of every value.
+        training: the same for the training forward, where that uses parameters of its own.
         groups: what can go together, locked ones included.
         roots: for each group name, the class of each unit.
         slots: the labelled dimensions of parameters and buffers.
@@ -82,6 +89,7 @@ class Analysis:
 
     program: Program
     labeller: Labeller
+    training: Labeller | None
     groups: tuple[ChannelGroup, ...]
     roots: Mapping[str, Vector]
     slots: tuple[Slot, ...]
@@ -112,12 +120,14 @@ def build(
     labeller: Labeller,
     trainable: frozenset[str],
     *,
+    training: Labeller | None = None,
     normalised: bool = False,
     refused: Sequence[tuple[Vector, str]] = (),
 ) -> Analysis:
     """Bundle the labels of a finished walk.
 
     Args:
+        training: a walk over the training forward in the same classes, where it uses more.
         trainable: names of parameters (the rest of the slots are buffers).
         normalised: whether channels that a normalisation couples may be cut.
         refused: labels that tracing again showed not to follow a cut, with the reason.
@@ -127,7 +137,8 @@ def build(
     owner = np.full(classes.count, -1, dtype=np.int64)
     for number, slot in enumerate(slots):
         owner[slot.start : slot.start + slot.size] = number
-    producing, consuming = _roles(labeller, owner)
+    mixings = [*labeller.mixings, *(training.mixings if training else ())]
+    producing, consuming = _roles(mixings, owner)
     every = np.arange(sum(slot.size for slot in slots), dtype=np.int64)
     roots = classes.find(every)
     locks = _first_reason(classes, [*classes.locks, *refused])
@@ -135,10 +146,13 @@ def build(
     reasons = [reason for _, reason in [*classes.locks, *refused]]
     norm_reasons = [reason for _, reason in classes.normalised]
 
-    # Classes that touch the same slots equally often, for the same reasons, are one group.
+    # Classes that touch the same slots, for the same reasons, are one group.
     touch = np.zeros(classes.count, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        np.add.at(touch, roots, _scramble(owner[: len(every)].astype(np.uint64)))
+        # Each slot once: a unit may have several entries in it, not always equally many.
+        pairs = np.unique(roots * np.int64(len(slots) + 1) + owner[: len(every)])
+        marks = _scramble((pairs % np.int64(len(slots) + 1)).astype(np.uint64))
+        np.add.at(touch, pairs // np.int64(len(slots) + 1), marks)
     first_seen = np.full(classes.count, np.iinfo(np.int64).max)
     order = {number: place for place, number in enumerate(producing)}
     rank = np.array([order.get(number, len(order)) for number in range(len(slots))] or [0])
@@ -194,6 +208,7 @@ def build(
     return Analysis(
         program=program,
         labeller=labeller,
+        training=training,
         groups=ordered,
         roots=group_roots,
         slots=slots,
@@ -201,11 +216,11 @@ def build(
     )
 
 
-def _roles(labeller: Labeller, owner: Vector) -> tuple[list[int], list[int]]:
+def _roles(mixings: Sequence[Mixing], owner: Vector) -> tuple[list[int], list[int]]:
     """Slots whose labels a layer makes, and slots whose labels a layer mixes, as they run."""
     producing: dict[int, None] = {}
     consuming: dict[int, None] = {}
-    for mixing in labeller.mixings:
+    for mixing in mixings:
         for axis, roles in ((mixing.out, producing), (mixing.weight, consuming)):
             if isinstance(axis, np.ndarray):
                 for slot in np.unique(owner[axis]).tolist():
@@ -300,11 +315,11 @@ def _costs(
         touched = group_of[classes.find(axis)]
         numbers, counts = np.unique(touched, return_counts=True)
         per_unit = tuple(
-            (free[n].name, count // free[n].channels)
+            (free[n].name, _whole(count / free[n].channels))
             for n, count in zip(numbers.tolist(), counts.tolist(), strict=True)
             if n in free
         )
-        held = sum(n * free_group.channels for n, free_group in _widths(per_unit, free))
+        held = sum(c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True) if n in free)
         return Size(len(axis) - held, per_unit)
 
     def term(module: str, times: int, axes: Sequence[Axis]) -> CostTerm:
@@ -328,11 +343,8 @@ def _costs(
     )
 
 
-def _widths(
-    per_unit: Sequence[tuple[str, int]], free: Mapping[int, ChannelGroup]
-) -> list[tuple[int, ChannelGroup]]:
-    named = {group.name: group for group in free.values()}
-    return [(n, named[name]) for name, n in per_unit]
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _unique(names: object) -> tuple[str, ...]:

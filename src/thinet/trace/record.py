@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class Program:
         parameters: value id to the first dotted name of a parameter or buffer.
         constants: value id to a tensor that is none of these (made in the model's constructor).
         called: for each module call, its path and the values it returned.
+        on_meta: whether it was recorded without computing anything.
     """
 
     ops: tuple[Op, ...]
@@ -84,6 +86,13 @@ class Program:
     names: Mapping[int, str]
     constants: Mapping[int, torch.Tensor]
     called: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    on_meta: bool = True
+
+    @property
+    def unused(self) -> list[str]:
+        """Parameters and buffers that no operation reads."""
+        read = {value.id for op in self.ops for value in op.inputs()}
+        return [name for value_id, name in self.names.items() if value_id not in read]
 
 
 def values_of(tree: Any) -> list[Value]:
@@ -125,12 +134,6 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
-
-
-def inputs_to_meta(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tree_map(
-        lambda leaf: _to_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
-    )
 
 
 class StoppedError(Exception):
@@ -182,6 +185,7 @@ class _Recorder(TorchDispatchMode):
         known: int,
         outputs: Any,
         calls: Iterable[tuple[str, Any]],
+        on_meta: bool,
     ) -> Program:
         """What was written down; values from number `known` on that no op made are constants."""
         results = self.abstract(plain(outputs))
@@ -200,6 +204,7 @@ class _Recorder(TorchDispatchMode):
             names={value.id: name for name, value in named.items()},
             constants=constants,
             called=called,
+            on_meta=on_meta,
         )
 
 
@@ -211,27 +216,40 @@ def record(model: nn.Module, inputs: ExampleInputs, *, training: bool = False) -
     """
     check_inputs(inputs)
     with preserved_rng():
-        replica = meta_copy(model)
         try:
-            return record_replica(replica, inputs_to_meta(inputs), training=training)
-        except Exception:
-            # Some forwards need numbers; run those on a real copy.
-            try:
-                replica = copied(model)
-                real = tree_map(
-                    lambda x: x.clone() if isinstance(x, torch.Tensor) else x, as_call(inputs)
-                )
-                return record_replica(replica, real, training=training)
-            except Exception as error:
-                raise TraceError(
-                    f"{type(model).__name__} does not run on the example inputs "
-                    f"({describe(inputs)}): {error}. Give example_inputs of the shape, type and "
-                    "device that model(example_inputs) accepts"
-                ) from error
+            return record_replica(*meta_replica(model, inputs), training=training)
+        except StoppedError:
+            pass
+        # Some forwards need numbers; run those on a real copy.
+        try:
+            return record_replica(*real_replica(model, inputs), training=training)
+        except StoppedError as error:
+            raise TraceError(
+                f"{type(model).__name__} does not run on the example inputs "
+                f"({describe(inputs)}): {error}. Give example_inputs of the shape, type and "
+                "device that model(example_inputs) accepts"
+            ) from error.__cause__
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def meta_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
+    """A copy of the model and of its inputs without data."""
+    return meta_copy(model), tree_map(
+        lambda leaf: _to_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
+    )
+
+
+def real_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
+    """A full copy of the model and of its inputs."""
+    return copied(model), tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
+    )
 
 
 def record_replica(
-    replica: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, training: bool = False
+    replica: nn.Module, inputs: Call, *, training: bool = False
 ) -> Program:
     """Record a model that may be changed by it, on positional and keyword inputs.
 
@@ -239,7 +257,10 @@ def record_replica(
         StoppedError: the forward pass did not reach its end.
     """
     args, kwargs = inputs
+    leaves = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor)]
+    on_meta = leaves[0].is_meta
     with (
+        torch.device("meta") if on_meta else nullcontext(),
         warnings.catch_warnings(),
         torch.no_grad(),
         evaluating(replica, training=training),
@@ -255,8 +276,8 @@ def record_replica(
             with recorder:
                 outputs = replica(*args, **kwargs)
         except Exception as error:
-            raise StoppedError(recorder.program(given, named, known, (), ()), error) from error
-        return recorder.program(given, named, known, outputs, calls)
+            raise StoppedError(recorder.program(given, named, known, (), (), on_meta), error) from error
+        return recorder.program(given, named, known, outputs, calls, on_meta)
 
 
 def plain(tree: Any) -> Any:

@@ -7,38 +7,49 @@ labels are those of the original less the removed ones, and the same scalar argu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.surgery.apply import apply_plan
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
 from thinet.trace.record import (
+    Call,
     Op,
     Program,
     StoppedError,
     Value,
     copied,
-    inputs_to_meta,
     record_replica,
 )
 from thinet.trace.rules import RULES
-from thinet.trace.rules.pointwise import BINARY, UNARY
-from thinet.types import ChannelGroup, ExampleInputs
+from thinet.trace.rules.pointwise import NEW
+from thinet.types import ChannelGroup
 
-SCALARS_COUNT = frozenset(f"aten.{name}{place}" for name in UNARY + BINARY for place in ("", "_"))
+SIZES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *NEW,
+        *"view _unsafe_view reshape _reshape_alias expand repeat as_strided as_strided_".split(),
+        *"split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split(),
+        *"native_layer_norm native_group_norm arange convolution".split(),
+    )
+)
+"""Operations whose integers are sizes, which follow a cut; those of all others must stay."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first operation that does not follow a cut, why, and the classes of labels it meets."""
+    """The first operation that does not follow a cut: why, its module, and the labels it meets."""
 
     reason: str
+    module: str
     roots: frozenset[int]
 
 
@@ -70,27 +81,34 @@ class _Known(Classes):
 
 
 def probe(
-    analysis: Analysis, pristine: nn.Module, inputs: ExampleInputs, keep: Mapping[str, Sequence[int]]
+    analysis: Analysis, pristine: nn.Module, inputs: Call, keep: Mapping[str, Sequence[int]]
 ) -> Mismatch | None:
     """Cut a copy of the meta model to `keep`, trace it and compare; None where all agrees."""
     plan = make_plan(analysis, pristine, keep)
-    replica = copied(pristine)
-    apply_plan(replica, plan)
-    stopped: StoppedError | None = None
-    try:
-        program = record_replica(replica, inputs_to_meta(inputs))
-    except StoppedError as error:
-        program, stopped = error.program, error
-    return _compare(analysis, program, stopped, removed_classes(analysis, keep))
+    gone = removed_classes(analysis, keep)
+    for walk in (analysis.labeller, analysis.training):
+        if walk is None:
+            continue
+        replica = copied(pristine)
+        apply_plan(replica, plan)
+        stopped: StoppedError | None = None
+        args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+        try:
+            program = record_replica(replica, args, training=walk is analysis.training)
+        except StoppedError as error:
+            program, stopped = error.program, error
+        mismatch = _compare(walk, program, stopped, gone)
+        if mismatch is not None:
+            return mismatch
+    return None
 
 
 def _compare(
-    analysis: Analysis, program: Program, stopped: StoppedError | None, gone: Vector
+    original: Labeller, program: Program, stopped: StoppedError | None, gone: Vector
 ) -> Mismatch | None:
-    original = analysis.labeller
     classes = _Known(original.classes)
     seeds: dict[str, tuple[Axis, ...]] = {}
-    for value_id, name in analysis.program.names.items():
+    for value_id, name in original.program.names.items():
         axes = []
         for axis in original.axes[value_id]:
             assert isinstance(axis, np.ndarray)
@@ -99,23 +117,25 @@ def _compare(
         seeds[name] = tuple(axes)
     walk = Labeller(program, classes, RULES, choices=original.made, seeds=seeds)
     walk.begin()
-    ours = analysis.program.ops
+    ours = original.program.ops
     for old, new in zip(ours, program.ops, strict=False):
         if old.func is not new.func or old.module != new.module:
             return Mismatch(
                 f"the forward code takes another way once channels are gone ({old.where} became "
                 f"{new.where})",
+                old.module,
                 _roots(original, old),
             )
         reason = _step(walk, classes, original, old, new, gone)
         if reason is not None:
             met = _roots(original, old)
             clash = frozenset(np.concatenate(classes.clashes).tolist()) if classes.clashes else None
-            return Mismatch(f"{reason} ({old.where})", clash or met)
+            return Mismatch(f"{reason} ({old.where})", old.module, clash or met)
     if stopped is not None:
         at = ours[min(len(program.ops), len(ours) - 1)]
         return Mismatch(
             f"the forward code stops once channels are gone: {_first_line(stopped)} ({at.where})",
+            at.module,
             _roots(original, at),
         )
     if len(program.ops) != len(ours):
@@ -123,6 +143,7 @@ def _compare(
         return Mismatch(
             f"the forward code runs another number of operations once channels are gone "
             f"({at.where})",
+            at.module,
             frozenset(),
         )
     return None
@@ -131,7 +152,7 @@ def _compare(
 def _step(
     walk: Labeller, classes: _Known, original: Labeller, old: Op, new: Op, gone: Vector
 ) -> str | None:
-    if _scalars(old) != _scalars(new):
+    if _numbers(old, original) != _numbers(new, walk):
         return "the forward code computes a number from the size"
     try:
         walk.step(new)
@@ -173,10 +194,15 @@ def _axis(
     return None
 
 
-def _scalars(op: Op) -> list[float]:
+def _numbers(op: Op, labeller: Labeller) -> list[float]:
+    """The numbers among an operation's arguments that a cut must not change."""
     leaves = tree_flatten((op.args, op.kwargs))[0]
-    counted = (int, float) if op.name in SCALARS_COUNT else (float,)
-    return [x for x in leaves if isinstance(x, counted) and not isinstance(x, bool)]
+    numbers = [x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    follows = op.name in SIZES
+    if op.name == "aten.slice":
+        dim = op.args[1] if len(op.args) > 1 else 0
+        follows = isinstance(labeller.of(op.args[0])[dim], np.ndarray)
+    return [x for x in numbers if isinstance(x, float)] if follows else numbers
 
 
 def _roots(labeller: Labeller, op: Op) -> frozenset[int]:
@@ -193,30 +219,47 @@ def _first_line(error: Exception) -> str:
 
 
 def refusals(
-    analysis: Analysis, pristine: nn.Module, inputs: ExampleInputs, *, seed: int = 0
-) -> Iterator[tuple[ChannelGroup, str]]:
+    analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 0
+) -> Iterator[tuple[ChannelGroup, Mismatch]]:
     """Groups that do not follow a cut, each with the reason; the others were seen to follow.
 
-    Units go one at a time, by halves and by random counts from all groups together; where that
-    fails, the groups at the failing operation are tried one by one.
+    Units go from all groups together: one each, then different numbers from neighbours, then
+    random numbers from a random half of the groups (errors may cancel, and not in all of these).
+    Where that fails, the groups at the failing operation are tried one by one.
     """
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
-    for share in ("one", "half", "random"):
+    for draw in (_one, _uneven, _random):
         while suspects:
-            keep = {name: _draw(group, share, rng) for name, group in suspects.items()}
+            keep = draw(list(suspects.values()), rng)
             mismatch = probe(analysis, pristine, inputs, keep)
             if mismatch is None:
                 break
-            for group, reason in _culprits(analysis, pristine, inputs, keep, mismatch):
+            for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
                 del suspects[group.name]
-                yield group, reason
+                yield group, found
 
 
-def _draw(group: ChannelGroup, share: str, rng: np.random.Generator) -> list[int]:
+Draw = Callable[[Sequence[ChannelGroup], np.random.Generator], dict[str, list[int]]]
+
+
+def _one(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
+    # The first unit: all others move up, which shows whatever goes by position.
+    return {g.name: list(range(1, g.channels)) for g in groups}
+
+
+def _uneven(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
+    return {g.name: _without(g, 1 + n % max(g.channels // 2, 1), rng) for n, g in enumerate(groups)}
+
+
+def _random(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
+    half = [g for g in groups if rng.random() < 0.5] or groups[:1]
+    return {g.name: _without(g, int(rng.integers(1, g.channels)), rng) for g in half}
+
+
+def _without(group: ChannelGroup, count: int, rng: np.random.Generator) -> list[int]:
     """Units to keep: at least two, where there are three or more."""
     most = group.channels - (2 if group.channels > 2 else 1)
-    count = {"one": 1, "half": group.channels // 2}.get(share) or int(rng.integers(0, most + 1))
     gone = set(rng.choice(group.channels, size=min(count, most), replace=False).tolist())
     return [unit for unit in range(group.channels) if unit not in gone]
 
@@ -224,18 +267,18 @@ def _draw(group: ChannelGroup, share: str, rng: np.random.Generator) -> list[int
 def _culprits(
     analysis: Analysis,
     pristine: nn.Module,
-    inputs: ExampleInputs,
+    inputs: Call,
     keep: Mapping[str, Sequence[int]],
     mismatch: Mismatch,
-) -> list[tuple[ChannelGroup, str]]:
+) -> list[tuple[ChannelGroup, Mismatch]]:
     """The groups that fail by themselves; where none does, all that could have to do with it."""
     near = [
         name for name in keep if not mismatch.roots.isdisjoint(analysis.roots[name].tolist())
     ] or list(keep)
     if len(near) == 1:
-        return [(analysis.group(near[0]), mismatch.reason)]
+        return [(analysis.group(near[0]), mismatch)]
     alone = [
-        (analysis.group(name), found.reason)
+        (analysis.group(name), found)
         for name in near
         if (found := probe(analysis, pristine, inputs, {name: keep[name]})) is not None
     ]
@@ -247,11 +290,11 @@ def _culprits(
 def _halve(
     analysis: Analysis,
     pristine: nn.Module,
-    inputs: ExampleInputs,
+    inputs: Call,
     keep: Mapping[str, Sequence[int]],
     near: Sequence[str],
     mismatch: Mismatch,
-) -> list[tuple[ChannelGroup, str]]:
+) -> list[tuple[ChannelGroup, Mismatch]]:
     """Groups that fail only together: the smallest part of them that halving finds."""
     together = list(near)
     if probe(analysis, pristine, inputs, {n: keep[n] for n in together}) is None:
@@ -261,8 +304,8 @@ def _halve(
         for part in (together[:middle], together[middle:]):
             found = probe(analysis, pristine, inputs, {n: keep[n] for n in part})
             if found is not None:
-                together, mismatch = part, found
+                together, mismatch = list(part), found
                 break
         else:
             break
-    return [(analysis.group(name), mismatch.reason) for name in together]
+    return [(analysis.group(name), mismatch) for name in together]

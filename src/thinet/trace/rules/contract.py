@@ -27,8 +27,9 @@ def convolution(labels: Labeller, op: Op) -> None:
         axis: Axis = made
         per_group: Axis = joined
     else:
+        free = labelled(source)
         source = labels.vector(source, x.shape[channel], f"{op.where} mixes a fixed axis")
-        axis, per_group, mixes = _grouped(labels, op, source, weight, groups, transposed)
+        axis, per_group, mixes = _grouped(labels, op, source, weight, groups, transposed, free)
     if bias is not None:
         axis = labels.join(axis, labels.of(bias)[0], op.where)
     axes = list(labels.of(x))
@@ -52,7 +53,13 @@ def convolution(labels: Labeller, op: Op) -> None:
 
 
 def _grouped(
-    labels: Labeller, op: Op, source: Vector, weight: Value, groups: int, transposed: bool
+    labels: Labeller,
+    op: Op,
+    source: Vector,
+    weight: Value,
+    groups: int,
+    transposed: bool,
+    free: bool,
 ) -> tuple[Axis, Axis, bool]:
     """A grouped convolution loses whole groups, or the same index of every group.
 
@@ -64,7 +71,7 @@ def _grouped(
     per_in = len(source) // groups
     # Transposed weights are (in, out / groups, ...), plain ones (out, in / groups, ...).
     per_out = weight.shape[1] if transposed else weight.shape[0] // groups
-    default = "whole" if groups >= per_in else "within"
+    default = "whole" if free and groups >= per_in else "within"
     mode = labels.choose(op, "groups", default)
     rows = source.reshape(groups, per_in)
     if mode == "whole":
