@@ -31,11 +31,17 @@ from thinet.types import Counts as Counts
 from thinet.types import Slice as Slice
 
 if TYPE_CHECKING:
-    pass
+    from thinet.train.config import FinetuneConfig as FinetuneConfig
+    from thinet.train.evaluate import evaluate as evaluate
+    from thinet.train.finetune import finetune as finetune
 
 __version__ = "0.1.0"
 
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "FinetuneConfig": "thinet.train.config",
+    "evaluate": "thinet.train.evaluate",
+    "finetune": "thinet.train.finetune",
+}
 """Names that are loaded on first use, and where they are defined."""
 
 
