@@ -226,6 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", choices=("torchvision", "timm", "transformers"), required=True)
     parser.add_argument("--models", default="*", help="globs on names, with commas between")
+    parser.add_argument("--per-family", type=int, help="timm: models of each family, default 4")
     parser.add_argument("--limit", type=int, help="at most so many models")
     parser.add_argument("--json", type=Path, help="JSON lines: one row a model, appended")
     parser.add_argument("--compare", action="store_true", help="Torch-Pruning 1.6.1 as well")
@@ -237,7 +238,9 @@ def main() -> int:
     import zoo
 
     globs = options.models.split(",")
-    names = [n for n in zoo.SUITES[options.suite][0]() if any(fnmatch.fnmatch(n, g) for g in globs)]
+    few = (options.per_family,) if options.per_family and options.suite == "timm" else ()
+    every = zoo.SUITES[options.suite][0](*few)
+    names = [n for n in every if any(fnmatch.fnmatch(n, g) for g in globs)]
     names = names[: options.limit]
     rows: list[dict[str, Any]] = []
     if options.json and options.json.exists():

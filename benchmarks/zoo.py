@@ -101,15 +101,15 @@ def size_rank(name: str) -> tuple[Any, ...]:
     return large, -sum(word in name for word in SMALL), numbers, name
 
 
-def timm_names() -> list[str]:
-    """The four smallest by name of every family, a family being a file of timm."""
+def timm_names(per_family: int = PER_FAMILY) -> list[str]:
+    """The smallest by name of every family, a family being a file of timm."""
     torchvision()
     from timm.models import _registry
 
     found = []
     for _, names in sorted(_registry._module_to_models.items()):
         current = [n for n in names if n not in _registry._deprecated_models]
-        found += sorted(current, key=size_rank)[:PER_FAMILY]
+        found += sorted(current, key=size_rank)[:per_family]
     return found
 
 
@@ -196,7 +196,7 @@ def transformers_case(name: str) -> Case:
     return Case(model, inputs(), "transformers")
 
 
-SUITES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Case]]] = {
+SUITES: dict[str, tuple[Callable[..., list[str]], Callable[[str], Case]]] = {
     "torchvision": (torchvision_names, torchvision_case),
     "timm": (timm_names, timm_case),
     "transformers": (transformers_names, transformers_case),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import view_nets
 from tests.nets import Expected, Net, TwoConvNet
 
 # --- channels that look at each other: removing one changes the rest ------------------------
@@ -419,7 +420,8 @@ class GRUNet(LSTMNet):
 
 
 def every_net() -> list[type[Net]]:
-    """All nets of this module and of `tests.nets`, in the order they are written."""
+    """All nets of this module, `tests.nets` and `tests.view_nets`."""
+    assert view_nets
     found: list[type[Net]] = []
     todo = list(Net.__subclasses__())
     while todo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 from typing import Any
@@ -16,15 +17,20 @@ from tests.more_nets import DictInputNet, MultiheadAttentionNet, TiedEmbeddingNe
 from tests.nets import (
     BasicResidualNet,
     BatchNormVGG,
+    ChannelShuffleNet,
     ConcatNet,
     FrozenNet,
+    GLUNet,
     HookNet,
     InputResidualNet,
     Net,
+    OptionANet,
+    PixelShuffleNet,
     PlainVGG,
     SENet,
 )
 from tests.oracle import all_tensors, assert_untouched, distance, outputs, randomise, snapshot
+from tests.view_nets import ChunkNet, FlipChannelsNet, PermuteThenFlattenNet, RepeatNet
 from thinet.errors import LockedGroupError, ThinetError, UnknownGroupError
 
 torch.set_num_threads(1)
@@ -35,13 +41,17 @@ def prepared(cls: type[Net] = BatchNormVGG) -> tuple[Any, Any]:
     return model, model.example()
 
 
+@functools.cache
+def groups_of(cls: type[Net]) -> tuple[Any, ...]:
+    return thinet.find_groups(*prepared(cls))
+
+
 # --- groups and slices ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", every_net(), ids=lambda c: c.__name__)
 def test_groups_are_well_formed(cls: type[Net]) -> None:
-    model, inputs = prepared(cls)
-    groups = thinet.find_groups(model, inputs)
+    model, groups = prepared(cls)[0], groups_of(cls)
     tensors = all_tensors(model)
     first = {id(t): n for n, t in reversed(tensors.items())}
     modules = dict(model.named_modules())
@@ -70,12 +80,10 @@ def test_groups_are_well_formed(cls: type[Net]) -> None:
 
 @pytest.mark.parametrize("cls", every_net(), ids=lambda c: c.__name__)
 def test_slices_of_a_set_are_the_union_of_its_members_slices(cls: type[Net]) -> None:
-    model, inputs = prepared(cls)
-
     def entries(group: Any, units: Any) -> set[tuple[str, int, int]]:
         return {(s.parameter, s.dim, i) for s in group.slices(units) for i in s.indices}
 
-    for group in thinet.find_groups(model, inputs):
+    for group in groups_of(cls):
         singles = [entries(group, [i]) for i in range(group.channels)]
         if group.locked is None:
             assert all(singles), "each unit takes something with it"
@@ -88,9 +96,8 @@ def test_slices_of_a_set_are_the_union_of_its_members_slices(cls: type[Net]) -> 
 
 def test_no_entry_is_in_two_groups() -> None:
     for cls in every_net():
-        model, inputs = prepared(cls)
         seen: dict[tuple[str, int, int], str] = {}
-        for group in thinet.find_groups(model, inputs):
+        for group in groups_of(cls):
             for s in group.slices(range(group.channels)) if group.locked is None else ():
                 for i in s.indices:
                     key = (s.parameter, s.dim, i)
@@ -105,8 +112,7 @@ def test_finding_groups_is_deterministic_and_leaves_no_trace(cls: type[Net]) -> 
     first = thinet.find_groups(model, inputs)
     assert_untouched(before, model)
     torch.manual_seed(123)
-    assert thinet.find_groups(model, inputs) == first
-    assert thinet.find_groups(copy.deepcopy(model), inputs) == first
+    assert thinet.find_groups(copy.deepcopy(model), inputs) == first == groups_of(cls)
 
 
 def test_the_weights_and_the_mode_do_not_change_the_groups() -> None:
@@ -146,6 +152,40 @@ def test_slices_of_a_flatten_by_hand() -> None:
     found = {(s.parameter, s.dim): s.indices for s in groups["features.2"].slices([3])}
     rows = {("features.2.weight", 0): (3,), ("features.2.bias", 0): (3,)}
     assert found == rows | {("classifier.0.weight", 1): tuple(range(27, 36))}
+
+
+def rows(cls: type[Net], unit: int) -> set[tuple[str, int, tuple[int, ...]]]:
+    """What goes with a unit of the group that starts at conv1."""
+    group = next(g for g in groups_of(cls) if g.name.startswith("conv1") and g.locked is None)
+    return {(s.parameter, s.dim, s.indices) for s in group.slices([unit])}
+
+
+def test_slices_of_equal_pieces_by_hand() -> None:
+    """Unit 1 is channel 1 of both pieces: `chunk(2)` would deal unequal pieces anew."""
+    conv1 = {("conv1.weight", 0, (1, 5)), ("conv1.bias", 0, (1, 5))}
+    assert rows(GLUNet, 1) == conv1 | {("conv2.weight", 1, (1,))}
+    assert rows(ChunkNet, 1) == conv1 | {("a.weight", 1, (1,)), ("b.weight", 1, (1,))}
+
+
+def test_slices_through_views_by_hand() -> None:
+    conv1 = {("conv1.weight", 0, (1,)), ("conv1.bias", 0, (1,))}
+    assert rows(FlipChannelsNet, 1) == conv1 | {("conv2.weight", 1, (4,))}
+    columns = tuple(range(1, 36, 4))
+    assert rows(PermuteThenFlattenNet, 1) == conv1 | {("fc1.weight", 1, columns)}
+    assert rows(RepeatNet, 1) == conv1 | {("conv2.weight", 1, (2, 3, 10, 11))}
+    four = tuple(range(4, 8))
+    pixel = {("conv1.weight", 0, four), ("conv1.bias", 0, four)}
+    assert rows(PixelShuffleNet, 1) == pixel | {("conv2.weight", 1, (1,))}
+    pair = {("conv1.weight", 0, (1, 5)), ("conv1.bias", 0, (1, 5))}
+    assert rows(ChannelShuffleNet, 1) == pair | {("conv2.weight", 1, (2, 3))}
+
+
+def test_slices_of_a_padded_shortcut_by_hand() -> None:
+    group = next(g for g in groups_of(OptionANet) if g.name == "stem")
+    found = {(s.parameter, s.dim): s.indices for s in group.slices([1])}
+    stem = {("stem.weight", 0): (1,), ("stem.bias", 0): (1,), ("conv1.weight", 1): (1,)}
+    conv2 = {("conv2.weight", 0): (3,), ("conv2.bias", 0): (3,), ("fc.weight", 1): (3,)}
+    assert found == stem | conv2
 
 
 # --- wrong arguments ------------------------------------------------------------------------
