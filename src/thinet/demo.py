@@ -186,7 +186,8 @@ def run(
         facts=(
             ("command", command),
             ("seed", str(seed)),
-            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+            ("torch", torch.__version__),
+            ("threads", str(torch.get_num_threads())),
             ("seconds", f"{time.perf_counter() - start:.0f}"),
         ),
     )

@@ -29,9 +29,9 @@ body {
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;
 }
 main { max-width: 880px; margin: 0 auto; padding: 48px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 8px; }
+h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 16px; }
 h2 { font-size: 17px; margin: 44px 0 12px; }
-p.summary { color: var(--soft); margin: 0 0 28px; max-width: 62ch; }
+p.summary { color: var(--soft); margin: -8px 0 28px; max-width: 62ch; }
 p.caption { color: var(--soft); font-size: 13px; margin: 0 0 10px; max-width: 72ch; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px; }
 .figure, .panel {
