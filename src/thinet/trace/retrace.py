@@ -112,8 +112,7 @@ def _compare(
         axes = []
         for axis in original.axes[value_id]:
             assert isinstance(axis, np.ndarray)
-            roots = classes.find(axis)
-            axes.append(roots[~gone[roots]])
+            axes.append(axis[~gone[classes.find(axis)]])
         seeds[name] = tuple(axes)
     walk = Labeller(program, classes, RULES, choices=original.made, seeds=seeds)
     walk.begin()
@@ -181,15 +180,14 @@ def _axis(
         if found is expected and before.shape[dim] != after.shape[dim] and repr(found) == "FIXED":
             return f"a size of {before.shape[dim]} became {after.shape[dim]}"
         return None
-    roots = classes.find(expected)
-    roots = roots[~gone[roots]]
-    if len(roots) != after.shape[dim]:
-        return f"a size of {before.shape[dim]} became {after.shape[dim]} and not {len(roots)}"
+    stays = expected[~gone[classes.find(expected)]]
+    if len(stays) != after.shape[dim]:
+        return f"a size of {before.shape[dim]} became {after.shape[dim]} and not {len(stays)}"
     if isinstance(found, np.ndarray):
-        actual = classes.find(found)
-        wrong = (actual != roots) & (actual < classes.known)
+        # Labels themselves and not only their classes: the order within a class matters too.
+        wrong = (found != stays) & (found < classes.known) & (stays < classes.known)
         if wrong.any():
-            classes.clashes.append(np.concatenate([actual[wrong], roots[wrong]]))
+            classes.clashes.append(classes.find(np.concatenate([found[wrong], stays[wrong]])))
             return "the forward code takes channels by number"
     return None
 
@@ -224,14 +222,25 @@ def refusals(
     """Groups that do not follow a cut, each with the reason; the others were seen to follow.
 
     Units go from all groups together: one each, then different numbers from neighbours, then
-    random numbers from a random half of the groups (errors may cancel, and not in all of these).
-    Where that fails, the groups at the failing operation are tried one by one.
+    random numbers from a random half of the groups. Along an axis that an operation counts along,
+    errors can cancel or show for some units only: there any two groups are also tried one without
+    the other, by their first, their last and by random units. Where a try fails, the groups at the
+    failing operation are tried alone.
     """
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
-    for draw in (_one, _uneven, _random):
+    counted = _counted_along(analysis.labeller, analysis)
+    parted = [
+        _part(counted, bit, value, units)
+        for bit in range(len(counted).bit_length())
+        for value in (0, 1)
+        for units in ("first", "last", "half", "half")
+    ]
+    for draw in (_one, _uneven, _random, *parted):
         while suspects:
             keep = draw(list(suspects.values()), rng)
+            if not keep:
+                break
             mismatch = probe(analysis, pristine, inputs, keep)
             if mismatch is None:
                 break
@@ -255,6 +264,42 @@ def _uneven(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[st
 def _random(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
     half = [g for g in groups if rng.random() < 0.5] or groups[:1]
     return {g.name: _without(g, int(rng.integers(1, g.channels)), rng) for g in half}
+
+
+def _part(names: Sequence[str], bit: int, value: int, units: str) -> Draw:
+    """Every other group, or pair, or four...: some of these draws part any two groups."""
+    chosen = {name for n, name in enumerate(names) if (n >> bit) & 1 == value}
+
+    def draw(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
+        picked = [g for g in groups if g.name in chosen]
+        if units == "half":
+            return {g.name: _without(g, max(g.channels // 2, 1), rng) for g in picked}
+        first = 1 if units == "first" else 0
+        return {g.name: list(range(first, g.channels - 1 + first)) for g in picked}
+
+    return draw
+
+
+BY_NUMBER = frozenset(
+    f"aten.{name}" for name in "slice select split split_with_sizes chunk roll flip narrow".split()
+)
+
+
+def _counted_along(labeller: Labeller, analysis: Analysis) -> list[str]:
+    """Groups on an axis that an operation counts along."""
+    owner = np.full(labeller.classes.count, -1, dtype=np.int64)
+    for number, group in enumerate(analysis.groups):
+        owner[analysis.roots[group.name]] = number
+    found: set[int] = set()
+    for op in labeller.program.ops:
+        if op.name in BY_NUMBER:
+            for before, axis in enumerate(labeller.of(op.args[0])):
+                same = [labeller.of(out)[before : before + 1] for out in op.outputs()]
+                passed = all(len(a) == 1 and a[0] is axis for a in same)
+                if isinstance(axis, np.ndarray) and not passed:
+                    met = np.unique(owner[labeller.classes.find(axis)]).tolist()
+                    found.update(met)
+    return [g.name for number, g in enumerate(analysis.groups) if number in found]
 
 
 def _without(group: ChannelGroup, count: int, rng: np.random.Generator) -> list[int]:
