@@ -20,8 +20,10 @@ from thinet.checkpoint import save as save
 from thinet.count import count as count
 from thinet.cut import cut as cut
 from thinet.errors import ThinetError as ThinetError
+from thinet.iterate import iterate as iterate
 from thinet.plan import Plan as Plan
 from thinet.prune import prune as prune
+from thinet.recipes.apply import prune_by_recipe as prune_by_recipe
 from thinet.timing import Latency as Latency
 from thinet.timing import latencies as latencies
 from thinet.timing import latency as latency

@@ -89,7 +89,7 @@ def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs)
         BudgetError: the model costs more even with one channel left in each group; says how much.
     """
     if budget.named is not None:
-        return {g.name: _units(g, budget.named.get(g.name, g.channels)) for g in groups}
+        return {g.name: units(g, budget.named.get(g.name, g.channels)) for g in groups}
     if budget.kind == "keep":
         return _kept(groups, budget.fraction)
     measure = costs.macs if budget.kind == "macs" else costs.params
@@ -117,10 +117,10 @@ def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs)
 
 
 def _kept(groups: Sequence[ChannelGroup], fraction: float) -> dict[str, int]:
-    return {g.name: _units(g, float(fraction)) for g in groups}
+    return {g.name: units(g, float(fraction)) for g in groups}
 
 
-def _units(group: ChannelGroup, keep: int | float) -> int:
+def units(group: ChannelGroup, keep: int | float) -> int:
     """The number of units that a count or a fraction leaves of a group."""
     if isinstance(keep, float):
         # The small excess undoes the rounding of k / n * n.

@@ -66,3 +66,7 @@ class MissingExtraError(ThinetError, ImportError):
 
 class TrainingError(ThinetError):
     """Training that cannot go on, such as a loss that is no longer a number."""
+
+
+class RecipeError(ThinetError):
+    """A recipe that is not known, or that does not fit the model."""

@@ -49,17 +49,25 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def then(self, later: Plan) -> Plan:
-        """This plan followed by one that was made for the model it gives."""
-        keep = dict(self.keep)
+        """This plan followed by one that was made for the model it gives.
+
+        Modules are replaced first: what was cut in a module that the later plan replaces is
+        forgotten, its replacement has its own sizes.
+        """
+        gone = tuple(r.module for r in later.replaced)
+        keep = {g: u for g, u in self.keep.items() if not _within(g.partition(":")[0], gone)}
         for name, units in later.keep.items():
             keep[name] = tuple(keep[name][u] for u in units) if name in keep else units
-        kept = {(s.parameter, s.dim): s.indices for s in self.kept}
+        kept = {
+            (s.parameter, s.dim): s.indices for s in self.kept if not _within(s.parameter, gone)
+        }
         for piece in later.kept:
             key = (piece.parameter, piece.dim)
             kept[key] = (
                 tuple(kept[key][i] for i in piece.indices) if key in kept else piece.indices
             )
-        attributes = {(a.module, a.attribute): a for a in (*self.attributes, *later.attributes)}
+        before = [a for a in self.attributes if not _within(a.module, gone)]
+        attributes = {(a.module, a.attribute): a for a in (*before, *later.attributes)}
         return Plan(
             keep=keep,
             kept=tuple(Slice(name, dim, indices) for (name, dim), indices in kept.items()),
@@ -98,11 +106,18 @@ class Plan:
                     AttributeChange(str(m), str(a), _ints(v) if isinstance(v, list) else int(v))
                     for m, a, v in data["attributes"]
                 ),
-                replaced=tuple(Replacement(str(m), str(b), dict(o)) for m, b, o in data["replaced"]),
+                replaced=tuple(
+                    Replacement(str(m), str(b), dict(o)) for m, b, o in data["replaced"]
+                ),
                 settings=dict(data["settings"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"this is not a thinet plan ({error!r})") from error
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from thinet.cli.demo import demo
 from thinet.cli.evaluate import evaluate
 from thinet.cli.finetune import finetune
 from thinet.cli.inspect import inspect
+from thinet.cli.iterate import iterate
+from thinet.cli.paper import paper
 from thinet.cli.prune import prune
 from thinet.cli.report import report
 from thinet.errors import ThinetError
@@ -28,7 +30,7 @@ app = typer.Typer(
 )
 COMMANDS = {
     command.__name__: command
-    for command in (demo, inspect, prune, finetune, evaluate, bench, report)
+    for command in (demo, inspect, prune, iterate, finetune, evaluate, bench, report, paper)
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from thinet.budget import Budget
 from thinet.errors import OptionError
 
 ModelName = Annotated[
@@ -50,6 +52,15 @@ Device = Annotated[
     str | None,
     typer.Option(help="`cpu`, `cuda`, `cuda:1`, ... Default: the first GPU, else the CPU."),
 ]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="A named strategy instead of a budget: `vgg16-conv`, `vgg16-gap`, `vgg16-tiny`, "
+        "`resnet50-70`, `resnet50-50`, `resnet50-30`, or `resnet` for any ResNet.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
@@ -80,3 +91,24 @@ def triple(name: str, text: str | None) -> tuple[float, float, float] | None:
     if len(numbers) != 3:
         raise OptionError(f"--{name} takes three numbers such as 0.485,0.456,0.406, got {text!r}")
     return numbers[0], numbers[1], numbers[2]
+
+
+def strategy(
+    recipe: str | None,
+    macs: float | None,
+    params: float | None,
+    keep: float | None,
+    only: Sequence[str] | None,
+    skip: Sequence[str] | None,
+) -> dict[str, Any]:
+    """A recipe or a budget, as `thinet.iterate` takes them.
+
+    Raises:
+        OptionError: both, or neither, or a budget that is out of range.
+    """
+    if recipe is None:
+        budget = Budget(macs=macs, params=params, keep=keep)
+        return {"budget": budget, "only": only or None, "skip": skip or None}
+    if macs is not None or params is not None or only or skip:
+        raise OptionError("--recipe says what is cut; leave --macs, --params, --only, --skip out")
+    return {"recipe": recipe, "keep": keep}

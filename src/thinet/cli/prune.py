@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from thinet import data as folders
-from thinet.budget import Budget
 from thinet.checkpoint import save
 from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_output, write_report
@@ -17,6 +16,7 @@ from thinet.cli.inputs import example, network, pictures
 from thinet.plan import Plan
 from thinet.prune import Repair, Sampling
 from thinet.prune import prune as cut_and_repair
+from thinet.recipes.apply import prune_by_recipe
 from thinet.report.data import Network, Report
 from thinet.report.rows import pruned_facts, pruned_groups, pruned_notes
 from thinet.train.evaluate import evaluate
@@ -32,6 +32,7 @@ def prune(
         Path, typer.Option(metavar="FILE.safetensors", help="Where the smaller model goes.")
     ],
     weights: options.Weights = None,
+    recipe: options.RecipeName = None,
     macs: Annotated[
         float | None, typer.Option(help="Fraction of the multiply-adds that stays, such as 0.5.")
     ] = None,
@@ -89,12 +90,15 @@ def prune(
     `thinet prune net.py:build --weights net.safetensors --size 32 --calibration images
     --keep 0.5 --only 'layer*.conv1' --data images/val --report small.html
     --out small.safetensors`
+
+    `thinet prune torchvision:resnet50 --weights resnet50.safetensors
+    --calibration images/train --recipe resnet50-50 --out small.safetensors`
     """
     check_output(out, force=force, suffixes=(".safetensors",))
     if report is not None:
         check_output(report, force=force, suffixes=REPORTS)
 
-    budget = Budget(macs=macs, params=params, keep=keep)
+    asked = options.strategy(recipe, macs, params, keep, only, skip)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
@@ -105,10 +109,9 @@ def prune(
             calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
             resize=prepared.resize, labels="taylor" in criterion, progress=told,
         )  # fmt: skip
-        result = cut_and_repair(
-            named.model, inputs, batches, budget=budget, criterion=criterion, repair=repair,
-            only=only or None, skip=skip or None, recalibrate=recalibrate, sampling=sampling,
-            seed=seed, progress=told,
+        result = (cut_and_repair if recipe is None else prune_by_recipe)(
+            named.model, inputs, batches, **asked, criterion=criterion, repair=repair,
+            recalibrate=recalibrate, sampling=sampling, seed=seed, progress=told,
         )  # fmt: skip
         if held is not None:
             before = evaluate(named.model, held, device=device, progress=told).top1

@@ -9,15 +9,25 @@ from torch import nn
 
 from thinet.errors import CheckpointError
 from thinet.plan import AttributeChange, Plan
+from thinet.surgery.replace import replace
 from thinet.types import Slice
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Cut the model's own tensors and attributes as the plan says.
+    """Replace the model's own modules and cut its tensors and attributes as the plan says.
 
     Raises:
         CheckpointError: the plan was made for another model; nothing is changed then.
     """
+    put_back = replace(model, plan.replaced)
+    try:
+        _cut(model, plan)
+    except CheckpointError:
+        put_back()
+        raise
+
+
+def _cut(model: nn.Module, plan: Plan) -> None:
     named = dict(named_tensors(model))
     for piece in plan.kept:
         tensor = named.get(piece.parameter)
@@ -32,6 +42,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
                 f"the plan keeps index {max(piece.indices)} of {piece.parameter} along dimension "
                 f"{piece.dim}, but it has only {tensor.shape[piece.dim]}; give the dense model "
                 "that the plan was made for, uncut"
+            )
+    for change in plan.attributes:
+        if not _has_module(model, change.module):
+            raise CheckpointError(
+                f"the plan sets {change.attribute} of {change.module}, a module that this "
+                f"{type(model).__name__} does not have"
             )
     replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
     for module in model.modules():
@@ -85,11 +101,12 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 def set_attributes(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
     for change in changes:
-        try:
-            module = model.get_submodule(change.module)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"the plan sets {change.attribute} of {change.module}, a module that this "
-                f"{type(model).__name__} does not have"
-            ) from error
-        setattr(module, change.attribute, change.value)
+        setattr(model.get_submodule(change.module), change.attribute, change.value)
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
