@@ -17,8 +17,8 @@ from thinet.cli.files import REPORTS, check_folder, check_output, write_report
 from thinet.cli.folders import labelled
 from thinet.cli.inputs import example, network, pictures
 from thinet.count import count
-from thinet.iterate import IterateResult
 from thinet.iterate import iterate as step_by_step
+from thinet.loop import IterateResult
 from thinet.plan import Plan
 from thinet.prune import Repair, Sampling
 from thinet.report.data import Group, Network, Report

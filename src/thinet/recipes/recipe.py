@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from thinet.errors import OptionError
@@ -90,6 +90,11 @@ class Recipe:
     def replaced(self) -> tuple[Replacement, ...]:
         """What is replaced in any step."""
         return tuple(replacement for step in self.steps for replacement in step.replaced)
+
+    def scaled(self, epochs: float = 1.0, lr: float = 1.0) -> Recipe:
+        """The same with so many times the epochs and the rate after each step."""
+        steps = (replace(step, tuning=step.tuning.scaled(epochs, lr)) for step in self.steps)
+        return replace(self, steps=tuple(steps))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the record."""
