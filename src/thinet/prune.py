@@ -139,7 +139,7 @@ def prune(
     _check_cost(budget, analysis, widths)
     clock.lap("groups")
     cut_groups = [g for g in groups if widths[g.name] < g.channels]
-    seen = _observe(model, batches, cut_groups, chosen, repair, sampling, rows, seed, progress)
+    seen = _observe(model, batches, analysis, cut_groups, chosen, repair, sampling, rows, seed, progress)
     clock.lap("measuring")
     orders, notes = _orders(model, cut_groups, chosen, seen, seed)
     keep = {name: order.keep(widths[name]) for name, order in orders.items()}
@@ -275,6 +275,7 @@ def _check_cost(budget: Budget, analysis: Analysis, widths: Mapping[str, int]) -
 def _observe(
     model: nn.Module,
     batches: Sequence[ExampleInputs],
+    analysis: Analysis,
     groups: Sequence[ChannelGroup],
     criterion: Criterion,
     repair: Repair,
@@ -286,11 +287,11 @@ def _observe(
     """Only what the criterion and the repair need is measured."""
     moments = criterion.needs & {"gram", "hessians"} or repair == "scale"
     zeros = "zeros" in criterion.needs
-    sites = {site.op for group in groups for site in group.sites}
     return collect(
         model,
         batches,
-        consumers=sites if moments or zeros else (),
+        program=analysis.program,
+        groups=groups if moments or zeros else (),
         targets=repair == "full",
         zeros=zeros,
         sampling=sampling,

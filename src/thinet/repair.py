@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, Rows, columns_of
-from thinet.calibrate.layers import Affine, Layer, find_layers
+from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import dense_weight, output_rows, patches
 from thinet.calibrate.statistics import site_gram
@@ -104,7 +104,7 @@ def repair_scale(
             found = None
             if layer is not None:
                 weight = dense_weight(weights[layer.weight].detach(), layer.geometry)
-                found = site_gram(site, group.channels, seen, weight)
+                found = site_gram(site, group, seen, weight)
             name = site.module or str(site.parameter)
             if layer is None or found is None:
                 skipped[name] = "its input was not measured"
@@ -142,6 +142,7 @@ class _Pass:
         self.execution = Execution(small)
         self.program = self.execution.program(batches[0])
         self.layers = find_layers(self.program)
+        self.dense = same_layers(self.layers, seen.layers)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
         self.touched = self._touched()
@@ -225,7 +226,7 @@ class _Pass:
 
     def _cannot(self, layer: Layer) -> str | None:
         columns = columns_of(layer, self.execution.tensors[layer.weight])
-        if layer.op not in self.seen.targets:
+        if self.dense.get(layer.op) not in self.seen.targets:
             return "the dense network has no such layer"
         if layer.shared:
             return "its weights are used more than once"
@@ -239,7 +240,7 @@ class _Pass:
         tensors = self.execution.tensors
         weight = tensors[layer.weight]
         columns = columns_of(layer, weight)
-        targets = self.seen.targets[layer.op]
+        targets = self.seen.targets[self.dense[layer.op]]
         outputs = self.kept.get((layer.weight, 0))
         moments = Moments(
             columns, len(weight), where=layer.module or layer.weight, device=weight.device

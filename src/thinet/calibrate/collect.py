@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.gram import gram_rows
-from thinet.calibrate.layers import Layer, find_layers
+from thinet.calibrate.gram import gram_rows, unit_sums
+from thinet.calibrate.layers import Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import (
     dense_weight,
@@ -24,13 +24,16 @@ from thinet.calibrate.responses import zero_share
 from thinet.calibrate.sampling import paper_rows
 from thinet.errors import CalibrationError
 from thinet.trace.interpret import Environment, Execution
-from thinet.trace.record import Op
-from thinet.types import ExampleInputs, Progress
+from thinet.trace.record import Op, Program
+from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 DRAWS = 10  # single outputs of each image in the paper's sampling
 
 WIDEST = 6144
 """Columns of a consumer's input up to which its second moments are formed."""
+
+SKETCH = 256
+"""Random mixtures of a wider consumer's outputs from which its gram is estimated."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,17 @@ class LayerTargets:
 
 @dataclass
 class Observations:
-    """What one pass over the dense network found, by operation index.
+    """What one pass over the dense network found, by operation index in the traced program.
 
     `moments` of the consumers' inputs; where these would be too wide, or the paper's sampling was
-    asked for, `grams` per input channel instead. `zeros` are shares per input channel.
+    asked for, instead `grams` (units, units) by operation and group name, and the moments of the
+    layer's `outputs`. `zeros` are shares per input channel.
     """
 
     layers: Mapping[int, Layer]
     moments: dict[int, Moments] = field(default_factory=dict)
-    grams: dict[int, Tensor] = field(default_factory=dict)
+    grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    outputs: dict[int, Moments] = field(default_factory=dict)
     zeros: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, LayerTargets] = field(default_factory=dict)
 
@@ -91,7 +96,8 @@ def positions_of(
         share: the batch's part of all calibration images.
     """
     images, positions = position_grid(tuple(x.shape), layer.geometry)
-    wanted = math.ceil(rows.count(columns) * share)
+    # What is too wide to be solved for needs no rows for it.
+    wanted = math.ceil(rows.count(columns if columns <= WIDEST else 0) * share)
     if wanted >= images * positions:
         return None
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.op * 1_009 + batch)
@@ -103,16 +109,21 @@ class Collector:
     """Observers for one pass over the dense network, batch after batch.
 
     Attributes:
-        consumers: operations whose input moments are wanted.
-        keep_targets: operations whose outputs are kept at sampled positions.
+        layers: those of the running program, by its operations.
+        key: their operations in the traced program, by which all is stored.
+        consumers: for each stored operation whose input is measured, the groups it mixes: name,
+            number of units, unit of each input channel.
+        keep_targets: whether outputs are kept at sampled positions.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
     """
 
     execution: Execution
     found: Observations
-    consumers: Collection[int]
-    keep_targets: Collection[int]
+    layers: Mapping[int, Layer]
+    key: Mapping[int, int]
+    consumers: Mapping[int, Sequence[tuple[str, int, Tensor]]]
+    keep_targets: bool
     zeros: bool
     sampling: str
     rows: Rows
@@ -123,8 +134,8 @@ class Collector:
     _positions: dict[int, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for layer in self.found.layers.values():
-            if layer.add is not None and layer.op in self.keep_targets:
+        for layer in self.layers.values():
+            if layer.add is not None and self.keep_targets:
                 self._adders.setdefault(layer.add, []).append(layer)
 
     def before(self, op: Op, envs: Sequence[Environment]) -> None:
@@ -133,8 +144,8 @@ class Collector:
             rows = output_rows(
                 envs[0][layer.shortcut.id], layer.geometry, self._positions[layer.op]
             )
-            self.found.targets[layer.op].shortcut.append(rows.clone())
-        layer = self.found.layers.get(op.index)
+            self.found.targets[self.key[layer.op]].shortcut.append(rows.clone())
+        layer = self.layers.get(op.index)
         if layer is None:
             return
         x, weight = envs[0][layer.x.id], self.execution.tensors[layer.weight]
@@ -143,52 +154,75 @@ class Collector:
             layer, x, columns, self.rows, self.share, self.seed, self.batch
         )
         self._positions[op.index] = positions
-        if op.index in self.consumers:
+        if self.key[op.index] in self.consumers:
             self._measure(layer, x, weight, positions, columns)
 
     def after(self, op: Op, envs: Sequence[Environment]) -> None:
-        layer = self.found.layers.get(op.index)
-        if layer is not None and op.index in self.keep_targets:
-            kept = self.found.targets.setdefault(op.index, LayerTargets())
-            positions = self._positions[op.index]
+        layer = self.layers.get(op.index)
+        if layer is None:
+            return
+        key, positions = self.key[op.index], self._positions[op.index]
+        if self.keep_targets:
+            kept = self.found.targets.setdefault(key, LayerTargets())
             kept.positions.append(positions)
             kept.y.append(output_rows(envs[0][layer.y.id], layer.geometry, positions).clone())
+        if key in self.found.outputs:
+            y = output_rows(envs[0][layer.y.id], layer.geometry, positions)
+            self.found.outputs[key].add(y[:, :0], y)
 
     def _measure(
         self, layer: Layer, x: Tensor, weight: Tensor, positions: Tensor | None, columns: int
     ) -> None:
-        found, op = self.found, layer.op
+        found, key = self.found, self.key[layer.op]
         where = f"{layer.module or 'the model itself'} ({layer.weight})"
         if self.zeros:
             maps = x if layer.geometry.rank else x.reshape(-1, x.shape[-1])
             counted = zero_share(maps).cpu() * self.share
-            found.zeros[op] = found.zeros.get(op, 0) + counted
+            found.zeros[key] = found.zeros.get(key, 0) + counted
         if self.sampling == "paper" or columns > WIDEST:
             if not bool(torch.isfinite(x).all()):
                 raise CalibrationError(
                     f"{where}: its input holds NaN or infinite values; check the calibration "
                     "images and the weights before this layer"
                 )
-            dense = dense_weight(weight, layer.geometry)
-            if self.sampling == "paper":
-                generator = torch.Generator().manual_seed(self.seed + op * 7919 + self.batch)
-                parts = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
-                found_gram = parts.T @ parts / len(parts) * len(dense)
-            else:
-                phi = patches(x, layer.geometry, positions)
-                found_gram = gram_rows(phi, dense) / len(phi)
-            found.grams[op] = found.grams.get(op, 0) + found_gram.cpu() * self.share
+            if key not in found.outputs:
+                found.outputs[key] = Moments(0, len(weight), where=where, device=x.device)
+            for name, count, units in self.consumers[key]:
+                part = self._gram(layer, x, weight, positions, units, count).cpu() * self.share
+                found.grams[key, name] = found.grams.get((key, name), 0) + part
             return
-        if op not in found.moments:
-            found.moments[op] = Moments(columns, where=where, device=x.device)
-        found.moments[op].add(patches(x, layer.geometry, positions))
+        if key not in found.moments:
+            found.moments[key] = Moments(columns, where=where, device=x.device)
+        found.moments[key].add(patches(x, layer.geometry, positions))
+
+    def _gram(
+        self,
+        layer: Layer,
+        x: Tensor,
+        weight: Tensor,
+        positions: Tensor | None,
+        units: Tensor,
+        count: int,
+    ) -> Tensor:
+        """(units, units), the mean over the rows of this batch, without second moments."""
+        dense = dense_weight(weight, layer.geometry)
+        key = self.key[layer.op]
+        generator = torch.Generator().manual_seed(self.seed + key * 7919 + self.batch)
+        if self.sampling == "paper":
+            rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
+            parts = unit_sums(rows, units, count)
+            return parts.T @ parts / len(parts) * len(dense)
+        phi = patches(x, layer.geometry, positions)
+        total = gram_rows(phi, dense, units, count, sketch=SKETCH, generator=generator)
+        return total / len(phi)
 
 
 def collect(
     model: nn.Module,
     batches: Sequence[ExampleInputs],
     *,
-    consumers: Collection[int],
+    program: Program,
+    groups: Sequence[ChannelGroup],
     targets: bool = True,
     zeros: bool = False,
     sampling: str = "exact",
@@ -199,7 +233,8 @@ def collect(
     """Run the dense network once over the batches and keep only sums and sampled targets.
 
     Args:
-        consumers: operation indices of the layers whose input moments are wanted.
+        program: the traced program, to which the groups' sites and what is found refer.
+        groups: those whose consumers' inputs are measured.
         targets: keep the outputs of all layers at sampled positions, for the repair.
         zeros: also the share of zeros in each input channel of the consumers.
         sampling: "exact" (all filters at the sampled positions) or "paper" (10 single outputs of
@@ -211,12 +246,21 @@ def collect(
             not fit the model.
     """
     execution = Execution(model)
-    found = Observations(find_layers(execution.program(batches[0])))
+    layers, traced = find_layers(execution.program(batches[0])), find_layers(program)
+    key = same_layers(layers, traced)
+    found = Observations({key[op]: layer for op, layer in layers.items() if op in key})
+    consumers: dict[int, list[tuple[str, int, Tensor]]] = {}
+    for group in groups:
+        for site in group.sites:
+            units = torch.tensor(site.units)
+            consumers.setdefault(site.op, []).append((group.name, group.channels, units))
     collector = Collector(
         execution=execution,
         found=found,
-        consumers=set(consumers),
-        keep_targets=set(found.layers) if targets else set(),
+        layers={op: layer for op, layer in layers.items() if op in key},
+        key=key,
+        consumers=consumers,
+        keep_targets=targets,
         zeros=zeros,
         sampling=sampling,
         rows=rows or Rows(),

@@ -95,6 +95,27 @@ def find_layers(program: Program) -> dict[int, Layer]:
     }
 
 
+def same_layers(ours: Mapping[int, Layer], theirs: Mapping[int, Layer]) -> dict[int, int]:
+    """Operation of the same layer in another program of the same model.
+
+    Batches of other sizes may run other operations between the layers (a view where another size
+    takes a copy), so layers are told by their weight, and by its n-th use.
+    """
+    met: Counter[str] = Counter()
+    known: dict[tuple[str, int], int] = {}
+    for op, layer in theirs.items():
+        known[layer.weight, met[layer.weight]] = op
+        met[layer.weight] += 1
+    met.clear()
+    found: dict[int, int] = {}
+    for op, layer in ours.items():
+        use = layer.weight, met[layer.weight]
+        met[layer.weight] += 1
+        if use in known:
+            found[op] = known[use]
+    return found
+
+
 Parts = tuple[Value, Value, Value | None, Geometry]
 
 

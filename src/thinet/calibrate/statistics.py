@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.gram import fold_units, gram, output_energy
+from thinet.calibrate.gram import gram, output_energy
 from thinet.calibrate.patches import dense_weight
 from thinet.criteria.base import Consumer, GroupStatistics
 from thinet.surgery.apply import named_tensors
@@ -34,13 +34,12 @@ def group_statistics(
             moments = seen.moments[site.op]
             energy = output_energy(moments.covariance(), weight)
             consumers.append(Consumer(weight, units, moments.covariance(), energy))
-        elif site.op in seen.grams:
-            per_channel = seen.grams[site.op]
-            energy = float(per_channel.sum())
+        elif site.op in seen.outputs:
+            energy = float(seen.outputs[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, None, energy))
         else:
             consumers.append(Consumer(weight, units))
-        part = site_gram(site, group.channels, seen, weight)
+        part = site_gram(site, group, seen, weight)
         if part is not None:
             part = part * consumers[-1].per_energy
             total = part if total is None else total + part
@@ -59,15 +58,17 @@ def group_statistics(
 
 
 def site_gram(
-    site: Site, channels: int, seen: Observations, weight: Tensor | None
+    site: Site, group: ChannelGroup, seen: Observations, weight: Tensor
 ) -> Tensor | None:
-    """ThiNet's gram of one consumer over the units of a group, None where it was not measured."""
-    units = torch.tensor(site.units)
-    if site.op in seen.moments and weight is not None:
-        return gram(seen.moments[site.op].second, weight, units, channels)
-    if site.op in seen.grams:
-        return fold_units(seen.grams[site.op], units, channels)
-    return None
+    """ThiNet's gram of one consumer over the units of a group, None where it was not measured.
+
+    Args:
+        weight: the consumer's, dense over groups.
+    """
+    if site.op in seen.moments:
+        units = torch.tensor(site.units)
+        return gram(seen.moments[site.op].second, weight, units, group.channels)
+    return seen.grams.get((site.op, group.name))
 
 
 def _unit_means(values: Tensor, units: Tensor, count: int) -> Tensor:
