@@ -26,12 +26,23 @@ class Consumer:
         second: (C * taps, C * taps) second moments or covariance of its input patches,
             channel-major, or None where they were not collected.
         energy: energy of its output, by which its errors are divided.
+        gains: (N,) factor of each output in the signal that goes on (a BatchNorm's scale), or None;
+            `energy` is that signal's, which for a residual network is the stream's.
     """
 
     weight: Tensor
     units: Tensor
     second: Tensor | None = None
     energy: float = 1.0
+    gains: Tensor | None = None
+
+    @property
+    def signal_weight(self) -> Tensor:
+        """The weight in units of the signal that goes on."""
+        if self.gains is None:
+            return self.weight
+        shape = (-1, *[1] * (self.weight.ndim - 1))
+        return self.weight * self.gains.to(self.weight).reshape(shape)
 
     @property
     def per_energy(self) -> float:

@@ -42,7 +42,7 @@ class _Elimination:
     def __init__(self, consumer: Consumer, channels: int, ridge: float, name: str) -> None:
         assert consumer.second is not None
         device = consumer.second.device
-        weight = consumer.weight.detach().flatten(1).to(device, torch.float64)
+        weight = consumer.signal_weight.detach().flatten(1).to(device, torch.float64)
         if len(weight) > weight.shape[1]:  # only W W' matters
             weight = torch.linalg.qr(weight, mode="r").R
         self.weight = weight.T.contiguous()

@@ -92,7 +92,7 @@ def group_refit_errors(
         if consumer.second is None:
             raise CalibrationError(f"{name}: a consumer's second moments were not collected")
         errors = refit_errors(
-            consumer.second, consumer.weight, removed, consumer.units, ridge=RIDGE, name=name
+            consumer.second, consumer.signal_weight, removed, consumer.units, ridge=RIDGE, name=name
         )
         total += torch.tensor(errors, dtype=torch.float64) * consumer.per_energy
     return tuple(total.tolist())
