@@ -141,23 +141,23 @@ def tables(stride: Stride = "first") -> tuple[Row, ...]:
 
 def table_1() -> tuple[Row, ...]:
     """VGG-16 and what the paper makes of it."""
-    net = _traced(torchvision().models.vgg16)
+    net = traced(torchvision().models.vgg16)
     return (
-        Row("VGG-16", 1, *_counts(net), "138.34M", "30.94B", 68.34, 88.44),
-        Row("ThiNet-Conv", 1, *_counts(net, "vgg16-conv"), "131.44M", "9.58B", 69.80, 89.53),
-        Row("ThiNet-GAP", 1, *_counts(net, "vgg16-gap"), "8.32M", "9.34B", 67.34, 87.92),
-        Row("ThiNet-Tiny", 1, *_counts(net, "vgg16-tiny"), "1.32M", "2.01B", 59.34, 81.97),
+        Row("VGG-16", 1, *cut_counts(net), "138.34M", "30.94B", 68.34, 88.44),
+        Row("ThiNet-Conv", 1, *cut_counts(net, "vgg16-conv"), "131.44M", "9.58B", 69.80, 89.53),
+        Row("ThiNet-GAP", 1, *cut_counts(net, "vgg16-gap"), "8.32M", "9.34B", 67.34, 87.92),
+        Row("ThiNet-Tiny", 1, *cut_counts(net, "vgg16-tiny"), "1.32M", "2.01B", 59.34, 81.97),
     )
 
 
 def table_3(stride: Stride = "first") -> tuple[Row, ...]:
     """ResNet-50 and what the paper makes of it."""
-    net = _traced(lambda: resnet50(stride))
+    net = traced(lambda: resnet50(stride))
     return (
-        Row("ResNet-50", 3, *_counts(net), "25.56M", "7.72B", 72.88, 91.14),
-        Row("ThiNet-70", 3, *_counts(net, "resnet50-70"), "16.94M", "4.88B", 72.04, 90.67),
-        Row("ThiNet-50", 3, *_counts(net, "resnet50-50"), "12.38M", "3.41B", 71.01, 90.02),
-        Row("ThiNet-30", 3, *_counts(net, "resnet50-30"), "8.66M", "2.20B", 68.42, 88.30),
+        Row("ResNet-50", 3, *cut_counts(net), "25.56M", "7.72B", 72.88, 91.14),
+        Row("ThiNet-70", 3, *cut_counts(net, "resnet50-70"), "16.94M", "4.88B", 72.04, 90.67),
+        Row("ThiNet-50", 3, *cut_counts(net, "resnet50-50"), "12.38M", "3.41B", 71.01, 90.02),
+        Row("ThiNet-30", 3, *cut_counts(net, "resnet50-30"), "8.66M", "2.20B", 68.42, 88.30),
     )
 
 
@@ -192,20 +192,23 @@ def table_4() -> tuple[Row, ...]:
     """The networks that the paper transfers to CUB-200 and Indoor-67."""
     rows: list[Row] = []
     for dataset, (classes, printed) in PRINTED_4.items():
-        vgg = _traced(lambda n=classes: torchvision().models.vgg16(num_classes=n))
-        alex = _traced(lambda n=classes: alexnet(n), ALEXNET_SIDE)
+        vgg = traced(lambda n=classes: torchvision().models.vgg16(num_classes=n))
+        alex = traced(lambda n=classes: alexnet(n), ALEXNET_SIDE)
         for name, (params, flops, top1) in printed.items():
-            counts = _counts(alex if name == "AlexNet" else vgg, RECIPE_OF.get(name))
+            counts = cut_counts(alex if name == "AlexNet" else vgg, RECIPE_OF.get(name))
             rows.append(Row(name, 4, *counts, params, flops, top1, dataset=dataset))
     return tuple(rows)
 
 
-def _traced(build: Callable[[], nn.Module], side: int = SIDE) -> Network:
+def traced(build: Callable[[], nn.Module], side: int = SIDE) -> Network:
+    """A network of shapes alone, for images of `side` pixels."""
     with torch.device("meta"):
         return network(build(), torch.empty(1, 3, side, side))
 
 
-def _counts(net: Network, recipe: str | None = None, keep: float | None = None) -> tuple[int, int]:
+def cut_counts(
+    net: Network, recipe: str | None = None, *, keep: float | None = None
+) -> tuple[int, int]:
     """The authors' counts of a network, cut by a recipe: real modules of the new shapes."""
     assert isinstance(net.inputs, torch.Tensor)
     if recipe is None:
