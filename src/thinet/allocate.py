@@ -12,22 +12,80 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from thinet.errors import BudgetError
+from thinet.budget import WITHIN, Budget, check_reached
+from thinet.errors import BudgetError, OptionError
+from thinet.trace.groups import Costs
 from thinet.types import ChannelGroup
 
 Measure = Callable[[Mapping[str, int]], int]
+
+
+def error_widths(
+    budget: Budget,
+    groups: Sequence[ChannelGroup],
+    curves: Mapping[str, Sequence[float]],
+    costs: Costs,
+    *,
+    divisor: int = 8,
+    least: int = 2,
+) -> dict[str, int]:
+    """How many units stay in each group under a budget of MACs or parameters.
+
+    Where the divisor leaves the budget more than 1 % unused, it is halved until it does not.
+
+    Args:
+        curves: for each group `channels + 1` errors; one without a curve gets the mean of the
+            others at the same fraction.
+
+    Raises:
+        BudgetError: the budget cannot be met within 1 %.
+    """
+    if divisor < 1 or least < 1:
+        raise OptionError(f"divisor and least are at least 1; got {divisor} and {least}")
+    measure = costs.macs if budget.kind == "macs" else costs.params
+    full = measure({})
+    target = budget.fraction * full
+    while True:
+        choices = [
+            allowed_widths(g, _curve(g, curves), divisor=divisor, least=min(least, g.channels))
+            for g in groups
+        ]
+        try:
+            widths = allocate(choices, measure, target)
+        except BudgetError:
+            if divisor == 1 and least == 1:
+                raise
+            divisor, least = 1, 1
+            continue
+        if divisor == 1 or measure(widths) >= target - WITHIN * full:
+            check_reached(budget, {budget.kind: measure(widths) / full})
+            return widths
+        divisor //= 2
+
+
+def _curve(group: ChannelGroup, curves: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    if group.name in curves:
+        return curves[group.name]
+    fractions = [r / group.channels for r in range(group.channels + 1)]
+    if not curves:
+        return fractions
+    return [
+        sum(c[round(f * (len(c) - 1))] for c in curves.values()) / len(curves) for f in fractions
+    ]
 
 
 @dataclass(frozen=True)
 class Allowed:
     """Which widths a group may have, ascending, its full width last.
 
-    `errors[i]` is the error at `widths[i]`.
+    `errors[i]` is the error at `widths[i]`, on the hull; `between` holds the error at every width
+    that is allowed, on the hull or not.
     """
 
     name: str
     widths: tuple[int, ...]
     errors: tuple[float, ...]
+    between: Mapping[int, float]
 
 
 def allowed_widths(
@@ -49,7 +107,8 @@ def allowed_widths(
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
-    return Allowed(group.name, tuple(w for w, _ in hull), tuple(e for _, e in hull))
+    on_hull, their_errors = zip(*hull, strict=True)
+    return Allowed(group.name, on_hull, their_errors, dict(points))
 
 
 def _above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
@@ -70,7 +129,7 @@ def allocate(choices: Sequence[Allowed], measure: Measure, target: float) -> dic
     Raises:
         BudgetError: the narrowest widths still cost more.
     """
-    place = {c.name: len(c.widths) - 1 for c in choices}
+    place = {choice.name: len(choice.widths) - 1 for choice in choices}
     widths = {c.name: c.widths[-1] for c in choices}
     cost = measure(widths)
     while cost > target:
@@ -94,27 +153,23 @@ def allocate(choices: Sequence[Allowed], measure: Measure, target: float) -> dic
         widths[name] = width
         place[name] -= 1
         cost = measure(widths)
-    return _give_back(widths, choices, place, measure, target)
+    return _give_back(widths, choices, measure, target)
 
 
 def _give_back(
-    widths: dict[str, int],
-    choices: Sequence[Allowed],
-    place: Mapping[str, int],
-    measure: Measure,
-    target: float,
+    widths: dict[str, int], choices: Sequence[Allowed], measure: Measure, target: float
 ) -> dict[str, int]:
-    """Undo steps that turn out not to be needed, the dearest error first."""
-
-    def worth(choice: Allowed) -> float:
-        at = place[choice.name]
-        gained = choice.errors[at] - choice.errors[at + 1] if at + 1 < len(choice.errors) else 0.0
-        return -gained
-
-    for choice in sorted(choices, key=worth):
-        at = place[choice.name]
-        if at + 1 < len(choice.widths):
-            wider = {**widths, choice.name: choice.widths[at + 1]}
-            if measure(wider) <= target:
-                widths = wider
-    return widths
+    """Widen single groups again where it still fits, the largest gain first."""
+    while True:
+        gains: list[tuple[float, dict[str, int]]] = []
+        for choice in choices:
+            now = widths[choice.name]
+            wider = min((w for w in choice.between if w > now), default=None)
+            if wider is None:
+                continue
+            tried = {**widths, choice.name: wider}
+            if measure(tried) <= target:
+                gains.append((choice.between[now] - choice.between[wider], tried))
+        if not gains:
+            return widths
+        widths = max(gains, key=lambda gain: gain[0])[1]

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from thinet.allocate import error_widths
 from thinet.budget import Budget, check_reached, uniform_widths
 from thinet.calibrate.batches import calibration_inputs
 from thinet.calibrate.batchnorm import recalibrate_bn
@@ -18,6 +19,7 @@ from thinet.calibrate.collect import Observations, Rows, collect
 from thinet.calibrate.statistics import group_statistics
 from thinet.criteria import get
 from thinet.criteria.base import Criterion, Order
+from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
 from thinet.errors import LockedGroupError, OptionError, UnknownGroupError
 from thinet.plan import Plan
@@ -30,6 +32,7 @@ from thinet.verify import verify_cut
 
 Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
+Widths = Literal["error", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def prune(
     skip: str | Sequence[str] | None = None,
     recalibrate: bool = False,
     sampling: Sampling = "exact",
+    widths: Widths = "error",
+    divisor: int = 8,
+    least: int = 2,
     rows: Rows | None = None,
     repair_settings: RepairSettings | None = None,
     verify: bool = True,
@@ -113,6 +119,11 @@ def prune(
         only, skip: glob patterns on group names; by default all groups that may be cut.
         recalibrate: re-estimate BatchNorm statistics at the end.
         sampling: "exact" or "paper" (10 single outputs of each image).
+        widths: how a budget of costs is shared out: by "error" (each group gives up what loses
+            least for what it saves) or "uniform" (the same fraction everywhere, as the paper).
+        divisor: widths shared out by error are multiples of it, in groups of at least four times
+            as many channels; networks run fastest at multiples of 8 or 16.
+        least: no group is made narrower than this by error.
         rows: how many output positions of each layer are looked at.
         verify: see that the cut, before the repair, computes what the silenced original computes.
         seed: of the sampled positions and random choices.
@@ -128,6 +139,8 @@ def prune(
     chosen = get(criterion)
     _check_option("repair", repair, get_args(Repair))
     _check_option("sampling", sampling, get_args(Sampling))
+    _check_option("widths", widths, get_args(Widths))
+    by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     clock = _Clock()
     device = next(iter(model.parameters()), torch.empty(0)).device
     batches = calibration_inputs(calibration, device=device)
@@ -135,14 +148,32 @@ def prune(
     if budget.named is not None:
         only = _named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
-    widths = uniform_widths(budget, groups, analysis.costs)
-    _check_cost(budget, analysis, widths)
+    kept = uniform_widths(budget, groups, analysis.costs)
+    _check_cost(budget, analysis, kept)
     clock.lap("groups")
-    cut_groups = [g for g in groups if widths[g.name] < g.channels]
-    seen = _observe(model, batches, analysis, cut_groups, chosen, repair, sampling, rows, seed, progress)
+    needs = chosen.needs | ({"hessians"} if by_error else set())
+    cut_groups = [g for g in groups if by_error or kept[g.name] < g.channels]
+    seen = collect(
+        model,
+        batches,
+        program=analysis.program,
+        groups=cut_groups if needs & {"gram", "hessians", "zeros"} or repair == "scale" else (),
+        targets=repair == "full" or by_error,
+        zeros="zeros" in needs,
+        sampling=sampling,
+        rows=rows,
+        seed=seed,
+        progress=progress,
+    )
     clock.lap("measuring")
-    orders, notes = _orders(model, cut_groups, chosen, seen, seed)
-    keep = {name: order.keep(widths[name]) for name, order in orders.items()}
+    orders, curves, notes = _orders(model, cut_groups, chosen, seen, seed, by_error)
+    if by_error:
+        kept = error_widths(
+            budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least
+        )
+    keep = {
+        g.name: orders[g.name].keep(kept[g.name]) for g in cut_groups if kept[g.name] < g.channels
+    }
     clock.lap("choosing")
     plan = make_plan(analysis, model, keep)
     small = apply_to_copy(model, plan)
@@ -163,27 +194,28 @@ def prune(
         "criterion": criterion,
         "repair": repair,
         "budget": {budget.kind: dict(budget.named) if budget.named else budget.fraction},
+        "widths": "error" if by_error else "uniform",
         "sampling": sampling,
         "recalibrate": recalibrate,
         "seed": seed,
     }
     plan = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, settings)
     reached = {
-        "macs": analysis.costs.macs(widths) / max(analysis.costs.macs({}), 1),
-        "params": analysis.costs.params(widths) / max(analysis.costs.params({}), 1),
-        "keep": _share(groups, widths) if budget.named else budget.fraction,
+        "macs": analysis.costs.macs(kept) / max(analysis.costs.macs({}), 1),
+        "params": analysis.costs.params(kept) / max(analysis.costs.params({}), 1),
+        "keep": _share(groups, kept) if budget.named else budget.fraction,
     }
     report = PruneReport(
         criterion=criterion,
         repair=repair,
         budget=budget.kind,
-        target=_share(groups, widths) if budget.named else budget.fraction,
+        target=_share(groups, kept) if budget.named else budget.fraction,
         reached=reached[budget.kind],
         macs_before=analysis.costs.macs({}),
-        macs_after=analysis.costs.macs(widths),
+        macs_after=analysis.costs.macs(kept),
         params_before=analysis.costs.params({}),
-        params_after=analysis.costs.params(widths),
-        groups=tuple(_group_report(g, groups, widths, orders) for g in analysis.groups),
+        params_after=analysis.costs.params(kept),
+        groups=tuple(_group_report(g, groups, kept, orders) for g in analysis.groups),
         refitted=repaired.refitted,
         not_refitted=repaired.skipped,
         seconds=clock.laps,
@@ -272,44 +304,21 @@ def _check_cost(budget: Budget, analysis: Analysis, widths: Mapping[str, int]) -
         check_reached(budget, {budget.kind: measure(widths) / max(measure({}), 1)})
 
 
-def _observe(
-    model: nn.Module,
-    batches: Sequence[ExampleInputs],
-    analysis: Analysis,
-    groups: Sequence[ChannelGroup],
-    criterion: Criterion,
-    repair: Repair,
-    sampling: Sampling,
-    rows: Rows | None,
-    seed: int,
-    progress: Progress | None,
-) -> Observations:
-    """Only what the criterion and the repair need is measured."""
-    moments = criterion.needs & {"gram", "hessians"} or repair == "scale"
-    zeros = "zeros" in criterion.needs
-    return collect(
-        model,
-        batches,
-        program=analysis.program,
-        groups=groups if moments or zeros else (),
-        targets=repair == "full",
-        zeros=zeros,
-        sampling=sampling,
-        rows=rows,
-        seed=seed,
-        progress=progress,
-    )
-
-
 def _orders(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     criterion: Criterion,
     seen: Observations,
     seed: int,
-) -> tuple[dict[str, Order], tuple[str, ...]]:
-    """The order in which each group's units go; by weight sum where nothing could be measured."""
+    by_error: bool,
+) -> tuple[dict[str, Order], dict[str, Sequence[float]], tuple[str, ...]]:
+    """The order in which each group's units go, and the error at each width if it is wanted.
+
+    By weight sum where the consumers could not be measured. Errors are those of a full refit, in
+    units of the signal that goes on.
+    """
     orders: dict[str, Order] = {}
+    curves: dict[str, Sequence[float]] = {}
     notes: list[str] = []
     for group in groups:
         stats = group_statistics(model, group, seen, seed=seed)
@@ -319,10 +328,17 @@ def _orders(
                 f"{group.name}: its consumers could not be measured ({', '.join(missing)}), so its "
                 "channels were chosen by weight sum"
             )
-            orders[group.name] = get("weight-sum")(stats)
+            order = get("weight-sum")(stats)
         else:
-            orders[group.name] = criterion(stats)
-    return orders, tuple(notes)
+            order = criterion(stats)
+        orders[group.name] = order
+        if by_error and criterion.name == "block-obs" and order.errors is not None:
+            curves[group.name] = order.errors
+        elif by_error and stats.has("hessians"):
+            curves[group.name] = group_refit_errors(
+                stats.consumers, order.removed, name=group.name
+            )
+    return orders, curves, tuple(notes)
 
 
 def _group_report(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from thinet.calibrate.collect import Observations
+from thinet.calibrate.collect import LayerTargets, Observations
 from thinet.calibrate.gram import gram, output_energy
+from thinet.calibrate.layers import Layer
 from thinet.calibrate.patches import dense_weight
 from thinet.criteria.base import Consumer, GroupStatistics
 from thinet.surgery.apply import named_tensors
@@ -32,16 +33,21 @@ def group_statistics(
         weight = dense_weight(tensors[layer.weight], layer.geometry)
         if site.op in seen.moments:
             moments = seen.moments[site.op]
-            energy = output_energy(moments.covariance(), weight)
-            consumers.append(Consumer(weight, units, moments.covariance(), energy))
+            covariance = moments.covariance()
+            energy = output_energy(covariance, weight)
+            gains, signal = None, energy
+            if site.op in seen.targets:
+                gains, signal = _signal(layer, seen.targets[site.op], tensors)
+            consumers.append(Consumer(weight, units, covariance, signal, gains))
         elif site.op in seen.outputs:
             energy = float(seen.outputs[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, None, energy))
         else:
+            energy = 0.0
             consumers.append(Consumer(weight, units))
         part = site_gram(site, group, seen, weight)
-        if part is not None:
-            part = part * consumers[-1].per_energy
+        if part is not None:  # as in the paper: in units of the consumer's own output
+            part = part / energy if energy > 0 else torch.zeros_like(part)
             total = part if total is None else total + part
         if site.op in seen.zeros:
             zeros.append(_unit_means(seen.zeros[site.op], units, group.channels))
@@ -55,6 +61,26 @@ def group_statistics(
         bn_scale=_bn_scale(model, group, tensors),
         seed=seed,
     )
+
+
+def _signal(
+    layer: Layer, targets: LayerTargets, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, float]:
+    """Factor of each output in the signal that goes on, and that signal's energy.
+
+    The signal is the layer's output behind its BatchNorm, with the shortcut that is added to it.
+    """
+    y = torch.cat(targets.y).double()
+    gains = torch.ones(y.shape[1], dtype=torch.float64, device=y.device)
+    norm = layer.norm
+    if norm is not None:
+        gains = torch.rsqrt(tensors[norm.var].double() + norm.eps)
+        if norm.scale is not None:
+            gains = gains * tensors[norm.scale].double()
+    signal = y * gains
+    if targets.shortcut:
+        signal = signal + torch.cat(targets.shortcut).double()
+    return gains, float(signal.var(0, unbiased=False).sum())
 
 
 def site_gram(
@@ -83,8 +109,8 @@ def _by_unit(tensor: Tensor, dim: int, units: tuple[int, ...]) -> Tensor | None:
     member = torch.nonzero(owner >= 0).squeeze(1)
     place = member[owner[member].argsort(stable=True)]
     rows = tensor.movedim(dim, 0)[place].flatten(1) if tensor.ndim > 1 else tensor[place][:, None]
-    count = int(owner.max()) + 1
-    return rows.reshape(count, -1) if len(place) % count == 0 else None
+    sizes = torch.bincount(owner[member])
+    return rows.reshape(len(sizes), -1) if len(sizes.unique()) == 1 else None
 
 
 def _filters(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,111 @@
+"""Widths from error curves against brute force on cases small enough to try them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinet.allocate import Allowed, allocate, allowed_widths, error_widths
+from thinet.budget import Budget
+from thinet.errors import BudgetError, OptionError
+from thinet.trace.groups import Costs, CostTerm, Size
+from thinet.types import ChannelGroup
+
+
+def group(name: str, channels: int) -> ChannelGroup:
+    return ChannelGroup(name, channels, None, (name,), (), ())
+
+
+def costs(channels: Mapping[str, int], chain: list[str]) -> Costs:
+    """Layers in a row: each costs its width times the width before, the first and last 3 and 10."""
+    sizes = [Size(3, ()), *(Size(0, ((name, 1),)) for name in chain), Size(10, ())]
+    terms = tuple(CostTerm("", 1, pair) for pair in zip(sizes, sizes[1:], strict=False))
+    return Costs(full=channels, macs_terms=terms, params_terms=terms)
+
+
+def test_the_hull_keeps_the_widths_that_bend_downwards() -> None:
+    # Widths 4, 3, 2, 1 have errors 0, 1, 1.5, 6: at 3 a straight line from 4 to 2 is better.
+    found = allowed_widths(group("a", 4), [0, 1, 1.5, 6, 99])
+    assert found.widths == (1, 2, 4)
+    assert found.errors == (6, 1.5, 0)
+    assert found.between == {1: 6, 2: 1.5, 3: 1, 4: 0}
+
+
+def test_widths_are_multiples_of_the_divisor_where_the_group_is_wide_enough() -> None:
+    line = [float(r) for r in range(33)]
+    assert set(allowed_widths(group("a", 32), line, divisor=8).between) == {8, 16, 24, 32}
+    assert set(allowed_widths(group("a", 31), line[:32], divisor=8).between) == set(range(1, 32))
+    assert min(allowed_widths(group("a", 32), line, divisor=8, least=9).between) == 16
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    curves=st.lists(
+        st.lists(st.integers(0, 20), min_size=3, max_size=5), min_size=2, max_size=3
+    ),
+    keep=st.floats(0.3, 0.95),
+)
+def test_convex_curves_are_shared_out_nearly_as_well_as_trying_everything(
+    curves: list[list[int]], keep: float
+) -> None:
+    """Greedy on hulls is within one step of the best of all widths."""
+    names = [f"g{i}" for i in range(len(curves))]
+    errors: dict[str, list[float]] = {}
+    for name, steps in zip(names, curves, strict=True):
+        errors[name] = [0.0]
+        for step in sorted(steps):
+            errors[name].append(errors[name][-1] + step)
+    groups = [group(n, len(errors[n]) - 1) for n in names]
+    model = costs({g.name: g.channels for g in groups}, names)
+    target = keep * model.macs({})
+    if model.macs({n: 1 for n in names}) > target:
+        return
+    choices = [allowed_widths(g, errors[g.name]) for g in groups]
+    widths = allocate(choices, model.macs, target)
+    assert model.macs(widths) <= target
+
+    def error(given_widths: Mapping[str, int]) -> float:
+        return sum(errors[g.name][g.channels - given_widths[g.name]] for g in groups)
+
+    every = (
+        dict(zip(names, w, strict=True))
+        for w in product(*(range(1, g.channels + 1) for g in groups))
+    )
+    best = min(error(w) for w in every if model.macs(w) <= target)
+    largest = max(max(steps) for steps in curves)
+    assert error(widths) <= best + 2 * largest
+    # Nothing more fits: every single widening costs too much.
+    for g in groups:
+        if widths[g.name] < g.channels:
+            assert model.macs({**widths, g.name: widths[g.name] + 1}) > target
+
+
+def test_what_hardly_matters_goes_first() -> None:
+    groups = [group("vital", 16), group("idle", 16)]
+    model = costs({"vital": 16, "idle": 16}, ["vital", "idle"])
+    curves = {"vital": [10.0 * r for r in range(17)], "idle": [0.01 * r for r in range(17)]}
+    widths = error_widths(Budget(macs=0.555), groups, curves, model, divisor=1)
+    assert widths["vital"] == 16
+    assert widths["idle"] == 8
+
+
+def test_the_divisor_gives_way_to_the_budget() -> None:
+    """At multiples of 8 half of 32 x 32 can only be met at 16; 0.45 needs finer steps."""
+    groups = [group("a", 32)]
+    model = costs({"a": 32}, ["a"])
+    curves = {"a": [float(r) for r in range(33)]}
+    assert error_widths(Budget(macs=0.5), groups, curves, model)["a"] == 16
+    finer = error_widths(Budget(macs=0.44), groups, curves, model)["a"]
+    assert finer == 14
+
+
+def test_a_budget_out_of_reach_says_so() -> None:
+    choice = Allowed("a", (2, 4), (1.0, 0.0), {2: 1.0, 4: 0.0})
+    with pytest.raises(BudgetError, match="narrowest widths that are allowed still cost 26"):
+        allocate([choice], costs({"a": 4}, ["a"]).macs, 10)
+    with pytest.raises(OptionError, match="divisor and least are at least 1; got 0 and 2"):
+        error_widths(Budget(macs=0.5), [], {}, costs({}, []), divisor=0)
