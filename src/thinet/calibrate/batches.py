@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.errors import CalibrationError
 from thinet.types import ExampleInputs, as_call
@@ -64,21 +65,15 @@ def calibration_pairs(
 
 
 def images_in(inputs: ExampleInputs) -> int:
-    """The batch size: the first dimension of the first tensor."""
-    return next(x.shape[0] for x in _leaves(inputs) if isinstance(x, torch.Tensor))
+    """The batch size: the first dimension of the first tensor that has one."""
+    shapes = [x.shape for x in _leaves(inputs) if isinstance(x, torch.Tensor) and x.ndim]
+    return shapes[0][0] if shapes else 1
 
 
 def _leaves(inputs: Any) -> list[Any]:
-    args, kwargs = as_call(inputs)
-    return [*args, *kwargs.values()]
+    return tree_flatten(as_call(inputs))[0]
 
 
 def _moved(inputs: Any, device: torch.device) -> ExampleInputs:
-    def to(x: Any) -> Any:
-        return x.to(device) if isinstance(x, torch.Tensor) else x
-
-    if isinstance(inputs, torch.Tensor):
-        return to(inputs)
-    if isinstance(inputs, dict):
-        return {key: to(value) for key, value in inputs.items()}
-    return tuple(to(x) for x in inputs)
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thinet.calibrate.batches import calibration_inputs
+from thinet.errors import CalibrationError
 from thinet.observe import evaluating, preserved_rng
-from thinet.trace.record import copied
-from thinet.types import call
+from thinet.surgery.apply import named_tensors
+from thinet.trace.record import copied, describe
+from thinet.types import ExampleInputs, call
 
 
 def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
@@ -27,13 +29,17 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
         calibration: batches of inputs, (input, target) pairs or dicts; large batches are better.
 
     Raises:
-        CalibrationError: the data is empty or not finite.
+        CalibrationError: the data is empty or not finite, or does not fit the model.
     """
     fresh = copied(model)
-    norms = [m for m in fresh.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = {
+        name: m
+        for name, m in fresh.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
     if not norms:
         return fresh
-    device = next(iter(fresh.parameters())).device
+    device = next(tensor for _, tensor in named_tensors(fresh)).device
     batches = calibration_inputs(calibration, device=device)
     sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
 
@@ -43,28 +49,48 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
         first, second, count = sums.get(norm, (torch.zeros_like(rows[0]),) * 2 + (0,))
         sums[norm] = (first + rows.sum(0), second + rows.square().sum(0), count + len(rows))
 
-    handles = [norm.register_forward_pre_hook(measure) for norm in norms]
+    handles = [norm.register_forward_pre_hook(measure) for norm in norms.values()]
     try:
         with torch.no_grad(), preserved_rng(), evaluating(fresh):
-            for norm in norms:
+            for norm in norms.values():
                 norm.training, norm.momentum = True, 0.0
             for batch in batches:
-                call(fresh, batch)
+                _run(fresh, batch)
     finally:
         for handle in handles:
             handle.remove()
-    originals = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     with torch.no_grad():
-        for norm, original in zip(norms, originals, strict=True):
+        for name, norm in norms.items():
+            original = model.get_submodule(name)
+            assert isinstance(original, _BatchNorm)
             norm.momentum = original.momentum
-            norm.num_batches_tracked = _copied_count(original)
-            first, second, count = sums[norm]
-            mean = first / count
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_((second / count - mean.square()).clamp_min(0))
+            if norm.num_batches_tracked is not None and original.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(original.num_batches_tracked)
+            if norm in sums:
+                _install(norm, name, *sums[norm])
     return fresh
 
 
-def _copied_count(norm: _BatchNorm) -> Tensor | None:
-    return None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+def _run(model: nn.Module, batch: ExampleInputs) -> None:
+    try:
+        call(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on a calibration batch ({describe(batch)}) with "
+            f"BatchNorm in training mode: {error}"
+        ) from error
+
+
+def _install(norm: _BatchNorm, name: str, first: Tensor, second: Tensor, count: int) -> None:
+    mean = first / count
+    var = (second / count - mean.square()).clamp_min(0)
+    if not bool(torch.isfinite(var).all()):
+        raise CalibrationError(
+            f"{name}: the input of this BatchNorm holds NaN or infinite values; check the "
+            "calibration images and the weights before this layer"
+        )
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)

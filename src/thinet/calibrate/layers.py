@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from thinet.calibrate.patches import Geometry
-from thinet.trace.record import Op, Program, Value
+from thinet.trace.record import Op, Program, Value, values_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Layer:
         norm: the BatchNorm that alone reads y, if there is one.
         shortcut: what is added to y (behind the norm), if its sum alone goes on.
         add: index of that addition.
-        shared: whether another operation uses the same weight.
+        shared: whether anything else uses the same weight or bias.
     """
 
     op: int
@@ -55,6 +55,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
     for op in program.ops:
         for value in {v.id: v for v in op.inputs()}.values():
             readers.setdefault(value.id, []).append(op)
+    returned = {value.id for value in values_of(program.outputs)}
     transposed = {
         op.outputs()[0].id: op.inputs()[0]
         for op in program.ops
@@ -71,8 +72,8 @@ def find_layers(program: Program) -> dict[int, Layer]:
         if x.id in program.names or (bias is not None and bias.id not in program.names):
             continue
         y = op.outputs()[0]
-        norm, after = _norm(program, readers, y)
-        add, shortcut = _addition(readers, after)
+        norm, after = (None, y) if y.id in returned else _norm(program, readers, y)
+        add, shortcut = _addition(readers, after, returned)
         found[op.index] = Layer(
             op=op.index,
             module=op.module,
@@ -84,15 +85,25 @@ def find_layers(program: Program) -> dict[int, Layer]:
             norm=norm,
             shortcut=shortcut,
             add=add,
-            shared=False,
+            shared=any(
+                _uses(p, readers, transposed, returned) > 1 for p in (weight, bias) if p is not None
+            ),
         )
-    uses = Counter(layer.weight for layer in found.values())
-    return {
-        index: layer
-        if uses[layer.weight] == 1
-        else Layer(**{**layer.__dict__, "shared": True})
-        for index, layer in found.items()
-    }
+    return found
+
+
+def _uses(
+    parameter: Value,
+    readers: Mapping[int, list[Op]],
+    transposed: Mapping[int, Value],
+    returned: Collection[int],
+) -> int:
+    """How many operations read a parameter, itself or its transpose."""
+    total = int(parameter.id in returned)
+    for op in readers[parameter.id]:
+        made = op.outputs()[0].id
+        total += len(readers.get(made, ())) if made in transposed else 1
+    return total
 
 
 def same_layers(ours: Mapping[int, Layer], theirs: Mapping[int, Layer]) -> dict[int, int]:
@@ -165,14 +176,14 @@ def _norm(
 
 
 def _addition(
-    readers: Mapping[int, list[Op]], value: Value
+    readers: Mapping[int, list[Op]], value: Value, returned: Collection[int]
 ) -> tuple[int | None, Value | None]:
     after = readers.get(value.id, [])
     # In place, the sum is the same value and its later readers read the sum.
     op = after[0] if after else None
     if op is None or op.name not in ("aten.add", "aten.add_") or op.kwargs or len(op.args) != 2:
         return None, None
-    if len(after) > 1 and op.outputs()[0] is not value:
+    if (len(after) > 1 or value.id in returned) and op.outputs()[0] is not value:
         return None, None
     operands = op.inputs()
     if len(operands) != 2 or operands[0].shape != operands[1].shape:

@@ -14,10 +14,20 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from thinet.errors import CalibrationError
+from thinet.errors import CalibrationError, TraceError
 from thinet.observe import plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
-from thinet.trace.record import Op, Program, Value, record, values_of
+from thinet.trace.record import (
+    Op,
+    Program,
+    StoppedError,
+    Value,
+    describe,
+    real_replica,
+    record,
+    record_replica,
+    values_of,
+)
 from thinet.types import ExampleInputs, as_call
 
 Environment = dict[int, torch.Tensor]
@@ -44,21 +54,37 @@ class Execution:
         """The program for inputs of this shape.
 
         Raises:
-            CalibrationError: a batch of another shape runs other operations.
+            CalibrationError: the model does not run on inputs of this shape, or runs other
+                operations on them.
         """
         key = tuple(
             tuple(x.shape) for x in tree_flatten(as_call(inputs))[0] if isinstance(x, torch.Tensor)
         )
         if key not in self._programs:
-            program = record(self._model, inputs)
+            program = self._recorded(inputs)
             for first in self._programs.values():
                 if [op.func for op in first.ops] != [op.func for op in program.ops]:
                     raise CalibrationError(
-                        f"a batch of shapes {key} takes another way through the model than the "
-                        "first batch; calibrate with inputs of one size"
+                        f"a calibration batch ({describe(inputs)}) takes another way through the "
+                        "model than the first batch; calibrate with batches of one size"
                     )
             self._programs[key] = program
         return self._programs[key]
+
+    def _recorded(self, inputs: ExampleInputs) -> Program:
+        try:
+            program = record(self._model, inputs)
+            if any(tensor.is_meta for tensor in program.constants.values()):
+                # Tensors made in forward code have their numbers only where it really runs.
+                with preserved_rng():
+                    program = record_replica(*real_replica(self._model, inputs))
+        except (TraceError, StoppedError) as error:
+            raise CalibrationError(
+                f"{type(self._model).__name__} does not run on a calibration batch "
+                f"({describe(inputs)}): {error.__cause__ or error}; give batches like the example "
+                "inputs: tensors, (tensor, target) pairs or dicts of keyword inputs"
+            ) from error
+        return program
 
     def run(
         self,
@@ -77,9 +103,13 @@ class Execution:
 
         Returns:
             The outputs of each batch.
+
+        Raises:
+            CalibrationError: a batch does not fit the model.
         """
         programs = [self.program(batch) for batch in batches]
         with torch.no_grad(), preserved_rng(), plain_attention():
+            torch.manual_seed(0)  # what a forward draws is the same in each run
             envs = [self._begin(p, b) for p, b in zip(programs, batches, strict=True)]
             uses = [_uses(program) for program in programs]
             for index in order if order is not None else range(len(programs[0].ops)):
@@ -98,6 +128,7 @@ class Execution:
 
     def _begin(self, program: Program, batch: ExampleInputs) -> Environment:
         env: Environment = {}
+        changed = _changed(program)
         for value, leaf in zip(
             tree_flatten(program.inputs)[0], tree_flatten(as_call(batch))[0], strict=True
         ):
@@ -105,12 +136,9 @@ class Execution:
                 env[value.id] = leaf.detach().clone()
         device = next(iter(env.values())).device
         for value_id, tensor in program.constants.items():
-            if tensor.is_meta:
-                raise CalibrationError(
-                    "the model uses a tensor that is neither a parameter nor a buffer; register it "
-                    "with register_buffer so that calibration can run"
-                )
-            env[value_id] = tensor.to(device)
+            env[value_id] = tensor.to(device, copy=value_id in changed)
+        for value_id in changed & program.names.keys():
+            env[value_id] = self.tensors[program.names[value_id]].clone()
         return _Backed(env, self.tensors, program.names)
 
     def _step(self, op: Op, env: Environment) -> None:
@@ -126,6 +154,12 @@ class Execution:
         for value, tensor in zip(tree_flatten(op.result)[0], tree_flatten(result)[0], strict=True):
             if isinstance(value, Value):
                 env[value.id] = tensor
+            elif isinstance(value, (bool, int, float)) and value != tensor:
+                raise CalibrationError(
+                    f"{op.where} asks for a number of its input, which was {value} when the "
+                    f"model was recorded and is {tensor} in this batch; calibration needs a "
+                    "forward that does the same for every batch (no .item(), no bool of a tensor)"
+                )
 
 
 class _Backed(dict[int, torch.Tensor]):
@@ -138,15 +172,25 @@ class _Backed(dict[int, torch.Tensor]):
         self._tensors, self._names = tensors, names
 
     def __missing__(self, key: int) -> torch.Tensor:
+        if key not in self._names:
+            raise CalibrationError(
+                "the model writes into a tensor that is neither a parameter nor a buffer; register "
+                "it with register_buffer so that calibration can run"
+            )
         return self._tensors[self._names[key]]
 
 
 def _call(op: Op, args: Any, kwargs: Any) -> Any:
     try:
         return op.func(*args, **kwargs)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if op.name not in ("aten.view", "aten._unsafe_view"):
-            raise
+            raise CalibrationError(
+                f"{op.where} cannot run on a calibration batch: {error}; give batches of the "
+                "type, shape and values that the model accepts"
+            ) from error
         # Strides differ from those of the recording where a kernel chose another memory format.
         return args[0].reshape(args[1])
 
@@ -182,12 +226,10 @@ def dependencies(program: Program) -> list[set[int]]:
         needs = {maker[v.id] for v in op.inputs() if v.id in maker}
         storages = {v.storage for v in op.inputs()}
         needs |= {written[s] for s in storages if s in written}
-        if op.func._schema.is_mutable:
-            changed = {v.storage for v in op.outputs()} | _written(op)
-            for s in changed:
-                needs |= read.get(s, set())
-                written[s] = op.index
-                read[s] = set()
+        for s in _written(op):
+            needs |= read.get(s, set())
+            written[s] = op.index
+            read[s] = set()
         for s in storages:
             read.setdefault(s, set()).add(op.index)
         for v in op.outputs():
@@ -198,8 +240,28 @@ def dependencies(program: Program) -> list[set[int]]:
 
 
 def _written(op: Op) -> set[int]:
-    changed: set[int] = set()
-    for argument, given in zip(op.func._schema.arguments, op.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            changed |= {v.storage for v in values_of(given)}
-    return changed
+    """Memory that an operation writes into."""
+    if op.name == "aten.native_batch_norm":  # its schema does not say so
+        return {v.storage for v in values_of(op.args[3:5])} if op.args[5] else set()
+    if not op.func._schema.is_mutable:
+        return set()
+    given = dict(zip((a.name for a in op.func._schema.arguments), op.args, strict=False))
+    given |= op.kwargs
+    return {
+        value.storage
+        for argument in op.func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for value in values_of(given.get(argument.name))
+    }
+
+
+def _changed(program: Program) -> set[int]:
+    """Values that were there before the first operation and whose memory some operation writes."""
+    written = {storage for op in program.ops for storage in _written(op)}
+    made = {v.id for op in program.ops for v in op.outputs()} if written else set()
+    return {
+        value.id
+        for op in program.ops
+        for value in op.inputs()
+        if value.storage in written and (value.id not in made or value.id in program.names)
+    }
