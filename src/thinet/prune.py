@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -13,15 +13,16 @@ from torch import nn
 
 from thinet.allocate import error_widths
 from thinet.budget import Budget, check_reached, uniform_widths
-from thinet.calibrate.batches import calibration_inputs
+from thinet.calibrate.batches import calibration_pairs
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.collect import Observations, Rows, collect
+from thinet.calibrate.gradients import Gradients, collect_gradients
 from thinet.calibrate.statistics import group_statistics
 from thinet.criteria import get
 from thinet.criteria.base import Criterion, Order
 from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
-from thinet.errors import LockedGroupError, OptionError, UnknownGroupError
+from thinet.errors import CalibrationError, LockedGroupError, OptionError, UnknownGroupError
 from thinet.plan import Plan
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
 from thinet.trace.analyse import analyse
@@ -137,19 +138,18 @@ def prune(
         RepairError, VerificationError: see `thinet.repair` and `thinet.cut`.
     """
     chosen = get(criterion)
-    _check_option("repair", repair, get_args(Repair))
-    _check_option("sampling", sampling, get_args(Sampling))
-    _check_option("widths", widths, get_args(Widths))
+    _check_options(budget, repair, sampling, widths, seed)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     clock = _Clock()
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    batches = calibration_inputs(calibration, device=device)
     analysis = analyse(model, example_inputs)
     if budget.named is not None:
         only = _named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
     kept = uniform_widths(budget, groups, analysis.costs)
     _check_cost(budget, analysis, kept)
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    pairs = calibration_pairs(calibration, device=device)
+    batches = [inputs for inputs, _ in pairs]
     clock.lap("groups")
     needs = chosen.needs | ({"hessians"} if by_error else set())
     cut_groups = [g for g in groups if by_error or kept[g.name] < g.channels]
@@ -165,8 +165,11 @@ def prune(
         seed=seed,
         progress=progress,
     )
+    gradients = Gradients()
+    if needs & {"taylor", "taylor_fo"}:
+        gradients = collect_gradients(model, pairs, cut_groups)
     clock.lap("measuring")
-    orders, curves, notes = _orders(model, cut_groups, chosen, seen, seed, by_error)
+    orders, curves, notes = _orders(model, cut_groups, chosen, seen, gradients, seed, by_error)
     if by_error:
         kept = error_widths(
             budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least
@@ -203,7 +206,7 @@ def prune(
     reached = {
         "macs": analysis.costs.macs(kept) / max(analysis.costs.macs({}), 1),
         "params": analysis.costs.params(kept) / max(analysis.costs.params({}), 1),
-        "keep": _share(groups, kept) if budget.named else budget.fraction,
+        "keep": _share(groups, kept),
     }
     report = PruneReport(
         criterion=criterion,
@@ -284,7 +287,10 @@ def _share(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> float:
 def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, str) else tuple(given)
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise OptionError(f"only and skip are glob patterns, one or several strings; got {given!r}")
+    return tuple(patterns)
 
 
 def _matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
@@ -293,9 +299,22 @@ def _matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_option(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise OptionError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+def _check_options(
+    budget: object, repair: object, sampling: object, widths: object, seed: object
+) -> None:
+    if not isinstance(budget, Budget):
+        raise OptionError(
+            f"budget={budget!r} does not say of what; give thinet.Budget(macs=0.5), or params= or "
+            "keep="
+        )
+    options = (("repair", repair, Repair), ("sampling", sampling, Sampling))
+    for name, value, kind in (*options, ("widths", widths, Widths)):
+        if value not in get_args(kind):
+            raise OptionError(
+                f"unknown {name} {value!r}; choose one of {', '.join(get_args(kind))}"
+            )
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise OptionError(f"seed is a whole number from 0 to 2^32 - 1; got {seed!r}")
 
 
 def _check_cost(budget: Budget, analysis: Analysis, widths: Mapping[str, int]) -> None:
@@ -309,6 +328,7 @@ def _orders(
     groups: Sequence[ChannelGroup],
     criterion: Criterion,
     seen: Observations,
+    gradients: Gradients,
     seed: int,
     by_error: bool,
 ) -> tuple[dict[str, Order], dict[str, Sequence[float]], tuple[str, ...]]:
@@ -316,17 +336,24 @@ def _orders(
 
     By weight sum where the consumers could not be measured. Errors are those of a full refit, in
     units of the signal that goes on.
+
+    Raises:
+        CalibrationError: the criterion can judge none of the groups.
     """
     orders: dict[str, Order] = {}
     curves: dict[str, Sequence[float]] = {}
     notes: list[str] = []
     for group in groups:
-        stats = group_statistics(model, group, seen, seed=seed)
+        stats = replace(
+            group_statistics(model, group, seen, seed=seed),
+            taylor=gradients.taylor.get(group.name),
+            taylor_fo=gradients.taylor_fo.get(group.name),
+        )
         missing = sorted(need for need in criterion.needs if not stats.has(need))
         if missing and stats.has("filters"):
             notes.append(
-                f"{group.name}: its consumers could not be measured ({', '.join(missing)}), so its "
-                "channels were chosen by weight sum"
+                f"{group.name}: what {criterion.name} looks at could not be measured "
+                f"({', '.join(missing)}), so its channels were chosen by weight sum"
             )
             order = get("weight-sum")(stats)
         else:
@@ -338,6 +365,11 @@ def _orders(
             curves[group.name] = group_refit_errors(
                 stats.consumers, order.removed, name=group.name
             )
+    if groups and len(notes) == len(groups):
+        raise CalibrationError(
+            f"criterion {criterion.name!r} can judge none of the chosen groups; choose another "
+            "criterion: " + "; ".join(notes[:3])
+        )
     return orders, curves, tuple(notes)
 
 
