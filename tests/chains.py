@@ -20,6 +20,7 @@ class SmallVgg(nn.Module):
         layers: list[nn.Module] = []
         for number, (inputs, width) in enumerate(zip((3, *widths), widths, strict=False)):
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
             if number in pools:
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers, nn.MaxPool2d(2))
