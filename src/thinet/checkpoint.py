@@ -36,7 +36,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         CheckpointError: the plan is not this model's, or the file cannot be written.
     """
     target = Path(path)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in named_tensors(model)}
+    tensors = {name: _whole(tensor) for name, tensor in named_tensors(model)}
     for piece in plan.kept:
         size = tensors[piece.parameter].shape[piece.dim] if piece.parameter in tensors else None
         if size != len(piece.indices):
@@ -44,7 +44,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
                 f"the plan keeps {len(piece.indices)} entries of {piece.parameter} along dimension "
                 f"{piece.dim}, the model has {size}; save a model with the plan that made it"
             )
-    metadata = {"format": "pt", KEY: json.dumps(plan.to_json())}
+    metadata = {"format": "pt", KEY: _written(plan)}
     extra = [k for k, v in model.state_dict().items() if not isinstance(v, torch.Tensor)]
     if extra:
         raise CheckpointError(
@@ -56,12 +56,14 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
         os.close(handle)
     except OSError as error:
-        raise CheckpointError(f"cannot write into {folder} ({error.strerror})") from error
+        raise CheckpointError(
+            f"cannot write into the folder {folder} ({error.strerror}); make it, or choose another"
+        ) from error
     try:
         save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -76,7 +78,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
         dense_model: the model before any cut; its weights do not matter and it is left as it was.
 
     Returns:
-        A new model with the shapes of the plan and the weights of the file.
+        A new model with the shapes of the plan and the weights of the file, in the file's types.
 
     Raises:
         CheckpointError: the file cannot be read, is not of thinet, or is of another model.
@@ -84,6 +86,8 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     plan, tensors = read(path)
     small = copied(dense_model)
     apply_plan(small, plan)
+    if any(tensor.is_meta for _, tensor in named_tensors(small)):
+        small.to_empty(device="cpu")
     named = dict(named_tensors(small))
     missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or extra:
@@ -101,6 +105,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
         )
     with torch.no_grad():
         for name, tensor in named.items():
+            tensor.data = tensor.data.to(tensors[name].dtype)
             tensor.copy_(tensors[name])
     return small
 
@@ -108,6 +113,22 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file that `save` wrote; errors as `load`."""
     return read(path)[0]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Without gradient, contiguous, and alone in its memory."""
+    tensor = tensor.detach().contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+def _written(plan: Plan) -> str:
+    try:
+        return json.dumps(plan.to_json())
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the plan's settings cannot be written as JSON ({error}); use plain numbers and texts"
+        ) from error
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
@@ -120,7 +141,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
                     f"{path} holds no plan; it was not written by thinet.save"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"there is no file {path}") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -130,7 +151,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
         data: Any = json.loads(metadata[KEY])
     except ValueError as error:
         raise CheckpointError(f"the plan in {path} is not JSON ({error})") from error
-    return Plan.from_json(data), tensors
+    try:
+        return Plan.from_json(data), tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _some(names: list[str]) -> str:

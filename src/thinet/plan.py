@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from thinet.errors import CheckpointError
+from thinet.errors import CheckpointError, OptionError
 from thinet.types import Slice
 
 FORMAT = 1
@@ -53,18 +54,21 @@ class Plan:
 
         Modules are replaced first: what was cut in a module that the later plan replaces is
         forgotten, its replacement has its own sizes.
+
+        Raises:
+            OptionError: the later plan keeps what this one does not leave.
         """
         gone = tuple(r.module for r in later.replaced)
         keep = {g: u for g, u in self.keep.items() if not _within(g.partition(":")[0], gone)}
         for name, units in later.keep.items():
-            keep[name] = tuple(keep[name][u] for u in units) if name in keep else units
+            keep[name] = _picked(keep[name], units, name) if name in keep else units
         kept = {
             (s.parameter, s.dim): s.indices for s in self.kept if not _within(s.parameter, gone)
         }
         for piece in later.kept:
             key = (piece.parameter, piece.dim)
             kept[key] = (
-                tuple(kept[key][i] for i in piece.indices) if key in kept else piece.indices
+                _picked(kept[key], piece.indices, piece.parameter) if key in kept else piece.indices
             )
         before = [a for a in self.attributes if not _within(a.module, gone)]
         attributes = {(a.module, a.attribute): a for a in (*before, *later.attributes)}
@@ -100,8 +104,8 @@ class Plan:
                     f"{FORMAT}; use the version that wrote it"
                 )
             return Plan(
-                keep={str(k): _ints(v) for k, v in data["keep"].items()},
-                kept=tuple(Slice(str(p), int(d), _ints(i)) for p, d, i in data["kept"]),
+                keep={str(k): _indices(v) for k, v in data["keep"].items()},
+                kept=tuple(Slice(str(p), int(d), _indices(i)) for p, d, i in data["kept"]),
                 attributes=tuple(
                     AttributeChange(str(m), str(a), _ints(v) if isinstance(v, list) else int(v))
                     for m, a, v in data["attributes"]
@@ -120,5 +124,23 @@ def _within(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+def _picked(first: tuple[int, ...], later: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if later and max(later) >= len(first):
+        raise OptionError(
+            f"the later plan keeps entry {max(later)} of {name}, of which this plan leaves "
+            f"{len(first)}; it was made for another model"
+        )
+    return tuple(first[i] for i in later)
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is no list")
     return tuple(int(v) for v in values)
+
+
+def _indices(values: Any) -> tuple[int, ...]:
+    found = _ints(values)
+    if not found or found[0] < 0 or any(a >= b for a, b in pairwise(found)):
+        raise ValueError(f"indices {values} do not rise from 0 or more")
+    return found

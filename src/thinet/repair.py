@@ -20,6 +20,7 @@ from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import dense_weight, output_rows, patches
 from thinet.calibrate.statistics import site_gram
+from thinet.errors import OptionError
 from thinet.lstsq import solve_full, solve_scale
 from thinet.plan import Plan
 from thinet.surgery.apply import named_tensors
@@ -41,6 +42,12 @@ class RepairSettings:
     ridge: float = 1e-3
     layers: str = "all"
     shortcut: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise OptionError(f"ridge is at least 0; got {self.ridge!r}")
+        if self.layers not in ("all", "consumers"):
+            raise OptionError(f"unknown layers {self.layers!r}; choose all or consumers")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from thinet.calibrate.patches import (
 )
 from thinet.calibrate.responses import zero_share
 from thinet.calibrate.sampling import paper_rows
-from thinet.errors import CalibrationError
+from thinet.errors import CalibrationError, OptionError
 from thinet.trace.interpret import Environment, Execution
 from thinet.trace.record import Op, Program
 from thinet.types import ChannelGroup, ExampleInputs, Progress
@@ -46,6 +46,10 @@ class Rows:
 
     per_column: int = 16
     least: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.per_column < 0 or self.least < 1:
+            raise OptionError(f"rows: per_column is at least 0 and least at least 1; got {self}")
 
     def count(self, columns: int) -> int:
         return max(self.per_column * columns, self.least)
