@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import distributed, nn
@@ -97,6 +99,12 @@ class Processes:
             distributed.barrier()
 
 
+@cache
+def _leave_in_order() -> None:
+    """At the end of the program, close the connections before their threads are torn down."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+
+
 def _spread(vector: torch.Tensor, buffers: list[torch.Tensor]) -> None:
     parts = vector.split([buffer.numel() for buffer in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
@@ -118,8 +126,13 @@ def current(device: str | torch.device | None = None) -> Processes:
         raise MissingExtraError(
             f"training runs on accelerate, which is missing ({error}): pip install accelerate"
         ) from error
+    # imported once processes are connected, it keeps hold of the connection for good
+    import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
+
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     state = PartialState(cpu=wanted or not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        _leave_in_order()
     own = torch.device(str(state.device))
     rank, world = int(state.process_index), int(state.num_processes)
     if device is None:
