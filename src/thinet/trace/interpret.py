@@ -258,10 +258,10 @@ def _written(op: Op) -> set[int]:
 def _changed(program: Program) -> set[int]:
     """Values that were there before the first operation and whose memory some operation writes."""
     written = {storage for op in program.ops for storage in _written(op)}
-    made = {v.id for op in program.ops for v in op.outputs()} if written else set()
+    given = program.names.keys() | program.constants.keys()
     return {
         value.id
         for op in program.ops
         for value in op.inputs()
-        if value.storage in written and (value.id not in made or value.id in program.names)
+        if value.storage in written and value.id in given
     }
