@@ -59,6 +59,13 @@ class InstanceNormNet(TwoConvNet):
         return F.relu(self.norm(x))
 
 
+class PlainInstanceNormNet(InstanceNormNet):
+    """No weight to slice, and still a number of features that must follow."""
+
+    def build(self) -> None:
+        self.norm = nn.InstanceNorm2d(6)
+
+
 class SoftmaxChannelsNet(MixedChannelsNet):
     def between(self, x: Tensor) -> Tensor:
         return x.softmax(1)

@@ -12,7 +12,7 @@ import traceback
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import thinet
@@ -26,6 +26,7 @@ QUIET = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=(Phase.generate,),  # shrinking takes minutes; the note says what was drawn
     suppress_health_check=list(HealthCheck),
 )
 

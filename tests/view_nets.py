@@ -144,6 +144,17 @@ class EverySecondOfFourNet(StridedChannelSliceNet):
     c1, c2 = 4, 2
 
 
+class PaddedStrideNet(TwoConvNet):
+    """The slice sees channel 1 between two paddings; without channel 0 it would see channel 2."""
+
+    c1 = c2 = 3
+
+    expected = {"conv1": "any", "conv2": 5}
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.pad(F.relu(x), (0, 0, 0, 0, 1, 2))[:, ::2]
+
+
 class ConstantSliceNet(TwoConvNet):
     c1, c2 = 6, 4
     expected = {"conv1": "any", "conv2": 5}
