@@ -55,7 +55,11 @@ def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
     start = time.process_time()
     groups = thinet.find_groups(model, inputs)
     row["seconds"] = time.process_time() - start
-    row |= shares(groups, thinet.count(model, inputs).by_module)
+    try:
+        by_module = thinet.count(model, inputs).by_module
+    except Exception as error:  # noqa: BLE001  the cuts are still worth knowing
+        by_module, row["count_error"] = {}, f"{type(error).__name__}: {error}"[:200]
+    row |= shares(groups, by_module)
     row |= cut_some(model, inputs, groups, cuts, random.Random(name))
     return row
 
@@ -192,6 +196,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     if not fine:
         return out
     seconds = sorted(r["seconds"] for r in fine)
+    uncounted = [(r["model"], r["count_error"]) for r in fine if "count_error" in r]
     half = sum(r["mac_share"] >= 0.5 for r in fine) / len(rows)
     cut = [s for r in fine for s in r["cut_seconds"]]
     reasons = Counter(family_reason(t) for r in fine for t in r["reasons"].values())
@@ -201,6 +206,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         f"of the exact ones without effect {sum(r['no_effect'] for r in fine)}",
         f"wrong in: {[(r['model'], r.get('details')) for r in fine if r['wrong']]}",
         f"models with at least half of their MACs in groups that can be cut: {half:.1%}",
+        f"not counted: {uncounted}",
         f"models with nothing to cut: {[r['model'] for r in fine if r['groups'] == r['locked']]}",
         f"find_groups: median {statistics.median(seconds):.2f} s, greatest {seconds[-1]:.2f} s",
         f"over 5 s: {slow}",
