@@ -145,14 +145,13 @@ class EverySecondOfFourNet(StridedChannelSliceNet):
 
 
 class PaddedStrideNet(TwoConvNet):
-    """The slice sees channel 1 between two paddings; without channel 0 it would see channel 2."""
+    """The slice takes padding and channel 2; without channel 0 it would take padding twice."""
 
-    c1 = c2 = 3
-
+    c1, c2 = 3, 2
     expected = {"conv1": "any", "conv2": 5}
 
     def between(self, x: Tensor) -> Tensor:
-        return F.pad(F.relu(x), (0, 0, 0, 0, 1, 2))[:, ::2]
+        return F.pad(F.relu(x), (0, 0, 0, 0, 1, 2))[:, ::3]
 
 
 class ConstantSliceNet(TwoConvNet):
