@@ -101,7 +101,9 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 def set_attributes(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
     for change in changes:
-        setattr(model.get_submodule(change.module), change.attribute, change.value)
+        module, value = model.get_submodule(change.module), change.value
+        old = getattr(module, change.attribute, None)
+        setattr(module, change.attribute, list(value) if isinstance(old, list) else value)
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

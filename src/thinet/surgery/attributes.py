@@ -53,6 +53,11 @@ def group_norm(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> A
     return {"num_channels": channels, "num_groups": groups}
 
 
+def transposed_linear(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    """GPT-2's `Conv1D`: (in, out)."""
+    return {"nx": shapes["weight"][0], "nf": shapes["weight"][1]}
+
+
 def embedding(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
     return {"embedding_dim": shapes["weight"][1]}
 
@@ -66,10 +71,11 @@ def bilinear(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Att
     return {"out_features": out, "in1_features": first, "in2_features": second}
 
 
-TABLE: tuple[tuple[type[nn.Module], Rule], ...] = (
+TABLE: tuple[tuple[type[nn.Module] | str, Rule], ...] = (
     (_ConvTransposeNd, conv_transpose),
     (_ConvNd, conv),
     (nn.Linear, linear),
+    ("transformers.pytorch_utils.Conv1D", transposed_linear),
     (_NormBase, norm),
     (nn.LayerNorm, layer_norm),
     (nn.RMSNorm, layer_norm),
@@ -78,6 +84,16 @@ TABLE: tuple[tuple[type[nn.Module], Rule], ...] = (
     (nn.PReLU, prelu),
     (nn.Bilinear, bilinear),
 )
+"""Classes, or full names of classes of packages that need not be installed."""
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return next((r for k, r in TABLE if k == name or _is_a(module, k)), None)
+
+
+def _is_a(module: nn.Module, kind: type[nn.Module] | str) -> bool:
+    return not isinstance(kind, str) and isinstance(module, kind)
 
 
 def attribute_changes(
@@ -94,7 +110,7 @@ def attribute_changes(
     first_name = {id(tensor): name for name, tensor in named_tensors(model)}
     changes: list[AttributeChange] = []
     for path, module in model.named_modules():
-        rule = next((rule for kind, rule in TABLE if isinstance(module, kind)), None)
+        rule = rule_for(module)
         if rule is None:
             continue
         own = {

@@ -2,12 +2,14 @@
 
 A replacement is data (`thinet.plan.Replacement`): which module goes, which builder makes the new
 one, and the numbers that the builder needs. Nothing of the old module is used but its device, so
-a file that holds the plan and the weights is enough to make the network again.
+a file that holds the plan and the weights is enough to make the network again. The one exception,
+`explicit`, keeps the module with all it has and only lets it state its sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch import nn
 from thinet.errors import CheckpointError
 from thinet.observe import preserved_rng
 from thinet.plan import Replacement
+from thinet.surgery.explicit import explicit_class, make_explicit
 
 Builder = Callable[..., nn.Module]
 
@@ -43,6 +46,9 @@ BUILDERS: Mapping[str, Builder] = {
 }
 """What can take a module's place, by the name that plans use."""
 
+EXPLICIT = "explicit"
+"""The builder that keeps a module and its weights, and lets it state its own sizes."""
+
 
 def replace(model: nn.Module, replacements: Iterable[Replacement]) -> Callable[[], None]:
     """Put the new modules into the model, in place; each in the old one's mode, on its device.
@@ -57,16 +63,19 @@ def replace(model: nn.Module, replacements: Iterable[Replacement]) -> Callable[[
     replacements = tuple(replacements)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     made = [_build(model, replacement, device) for replacement in replacements]
-    undo: list[tuple[nn.Module, str, nn.Module]] = []
+    undo: list[Callable[[], None]] = []
     for replacement, module in zip(replacements, made, strict=True):
+        if replacement.builder == EXPLICIT:
+            undo.append(make_explicit(module))
+            continue
         path, _, name = replacement.module.rpartition(".")
         parent = model.get_submodule(path)
-        undo.append((parent, name, parent.get_submodule(name)))
+        undo.append(partial(parent.register_module, name, parent.get_submodule(name)))
         parent.register_module(name, module)
 
     def put_back() -> None:
-        for parent, name, old in reversed(undo):
-            parent.register_module(name, old)
+        for step in reversed(undo):
+            step()
 
     return put_back
 
@@ -79,6 +88,14 @@ def _build(model: nn.Module, replacement: Replacement, device: torch.device) -> 
             f"the plan replaces {replacement.module!r}, a module that this {type(model).__name__} "
             "does not have; give the dense model that the plan was made for"
         ) from error
+    if replacement.builder == EXPLICIT:
+        if explicit_class(old) is None:
+            raise CheckpointError(
+                f"the plan makes the sizes of {replacement.module or 'the model itself'!r} "
+                f"explicit, but it is a {type(old).__name__}, which has no such form; give the "
+                "dense model that the plan was made for"
+            )
+        return old
     if replacement.builder not in BUILDERS or not replacement.module:
         raise CheckpointError(
             f"the plan replaces {replacement.module!r} by {replacement.builder!r}; this version of "

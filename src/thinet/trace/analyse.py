@@ -12,7 +12,7 @@ from thinet.observe import preserved_rng
 from thinet.trace.groups import Analysis, build
 from thinet.trace.labels import Classes, Labeller, Vector
 from thinet.trace.record import Call, Program, meta_replica, real_replica, record
-from thinet.trace.retrace import refusals
+from thinet.trace.retrace import check
 from thinet.trace.rules import RULES
 from thinet.types import ChannelGroup, ExampleInputs
 
@@ -117,12 +117,19 @@ def _checked(
     analysis = build(walk, trainable, training=training, normalised=normalised)
     refused: list[tuple[Vector, str]] = []
     modules: set[str] = set()
-    for group, mismatch in refusals(analysis, pristine, call):
+    checked = check(analysis, pristine, call)
+    for group, mismatch in checked.refused:
         refused.append((analysis.roots[group.name], mismatch.reason))
         modules.add(mismatch.module)
+    analysis = checked.analysis
     if refused:
         analysis = build(
-            walk, trainable, training=training, normalised=normalised, refused=refused
+            walk,
+            trainable,
+            training=training,
+            normalised=normalised,
+            refused=refused,
+            followed=analysis.followed,
         )
     doubtful = tuple(key for key in walk.made if key.rpartition(":")[0] in modules)
     return _Checked(analysis, doubtful)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -74,6 +74,16 @@ class Costs:
 
 
 @dataclass(frozen=True, eq=False)
+class Followed:
+    """A number in a module's attribute (or one element of it) that counts these labels."""
+
+    module: str
+    attribute: str
+    place: int | None
+    labels: Vector
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis:
     """All that is known of a model's channels before anything is cut.
 
@@ -85,6 +95,8 @@ class Analysis:
         roots: for each group name, the class of each unit.
         slots: the labelled dimensions of parameters and buffers.
         costs: MACs and parameters as functions of the widths.
+        followed: attributes that were seen to count channels.
+        axes: for each module asked about, where its operations have labels (a cache).
     """
 
     program: Program
@@ -94,6 +106,8 @@ class Analysis:
     roots: Mapping[str, Vector]
     slots: tuple[Slot, ...]
     costs: Costs
+    followed: tuple[Followed, ...] = ()
+    axes: dict[str, dict[tuple[str, int, int, int], Vector]] = field(default_factory=dict, repr=False)
 
     def group(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)
@@ -123,6 +137,7 @@ def build(
     training: Labeller | None = None,
     normalised: bool = False,
     refused: Sequence[tuple[Vector, str]] = (),
+    followed: Sequence[Followed] = (),
 ) -> Analysis:
     """Bundle the labels of a finished walk.
 
@@ -131,6 +146,7 @@ def build(
         trainable: names of parameters (the rest of the slots are buffers).
         normalised: whether channels that a normalisation couples may be cut.
         refused: labels that tracing again showed not to follow a cut, with the reason.
+        followed: attributes that tracing again showed to count channels.
     """
     program, classes = labeller.program, labeller.classes
     slots = slots_of(program)
@@ -213,6 +229,7 @@ def build(
         roots=group_roots,
         slots=slots,
         costs=_costs(labeller, slots, trainable, ordered, group_of),
+        followed=tuple(followed),
     )
 
 

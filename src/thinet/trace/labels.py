@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,10 @@ class Labeller:
         choices: module path to what was chosen where a layout leaves a choice ("outer" or "inner"
             factor of a reshape kept prunable; "whole" or "within" for grouped convolutions).
         made: choices that this walk met, chosen by the caller or by default.
+        blocks: for each reshape, by operation, which axes become which.
+        decided: for each reshape, by operation and axis, which factor stays prunable (None: none);
+            what is given of both is kept to, so that a cut model is labelled as the original was.
+        stored: number of labels that parameters and buffers start with.
     """
 
     program: Program
@@ -137,6 +142,9 @@ class Labeller:
     static: set[int] = field(default_factory=set)
     mixings: list[Mixing] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
+    blocks: dict[int, Any] = field(default_factory=dict)
+    decided: dict[tuple[int, int], int | None] = field(default_factory=dict)
+    stored: int = 0
 
     def run(self) -> Labeller:
         self.begin()
@@ -154,6 +162,7 @@ class Labeller:
         for value_id, value in self.program.parameters.items():
             self.axes.setdefault(value_id, self._parameter_axes(value))
             self.static.add(value_id)
+        self.stored = sum(sum(value.shape) for value in self.program.parameters.values())
 
     def step(self, op: Op) -> None:
         """Label the results of one operation."""
@@ -206,10 +215,12 @@ class Labeller:
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             self.classes.unify(a, b)
             return a
-        for axis in (a, b):
-            if isinstance(axis, np.ndarray):
-                self.classes.lock(axis, f"{where} joins it with an axis that may not be cut")
-        return a if isinstance(a, np.ndarray) else b
+        labels = a if isinstance(a, np.ndarray) else b
+        if not isinstance(labels, np.ndarray):
+            return FIXED
+        self.classes.lock(labels, f"{where} joins it with an axis that may not be cut")
+        # Labels of a tensor made from nothing, which no parameter shares, need no more care.
+        return labels if (self.classes.find(labels) < self.stored).any() else FIXED
 
     def join_all(self, axes: Sequence[Axis], where: str) -> Axis:
         joined: Axis = ANY
@@ -248,6 +259,23 @@ class Labeller:
         key = f"{op.module}:{kind}"
         self.made.setdefault(key, self.choices.get(key, default))
         return self.made[key]
+
+    @cached_property
+    def readers(self) -> dict[int, list[Op]]:
+        """For each value id, the operations that read it."""
+        found: dict[int, list[Op]] = {}
+        for op in self.program.ops:
+            for value in op.inputs():
+                found.setdefault(value.id, []).append(op)
+        return found
+
+    @cached_property
+    def attending(self) -> frozenset[str]:
+        """Modules that multiply activations with each other, as attention does."""
+        products = ("bmm", "baddbmm", "scaled_dot_product")
+        return frozenset(
+            op.module for op in self.program.ops if any(p in op.name for p in products)
+        )
 
     def vector(self, axis: Axis, size: int, reason: str) -> Vector:
         """An axis as labels: fixed ones become new locked labels."""

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from thinet.plan import Plan
+from thinet.plan import AttributeChange, Plan, Replacement
 from thinet.surgery.apply import named_tensors
 from thinet.surgery.attributes import attribute_changes
+from thinet.surgery.explicit import explicit_class
+from thinet.surgery.replace import EXPLICIT
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Vector
 from thinet.types import Slice
@@ -45,8 +47,44 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
         if choice == "whole" and key.endswith(":groups")
     )
     new_shapes = {name: tuple(shapes[name]) for name in cut}
+    table = attribute_changes(model, new_shapes, whole)
+    known = {(change.module, change.attribute) for change in table}
+    changes = [c for c in followed_changes(analysis, model, gone) if c[:2] not in known]
+    attributes = (*table, *(AttributeChange(*change) for change in changes))
     return Plan(
         keep={name: tuple(int(u) for u in units) for name, units in keep.items()},
         kept=tuple(kept),
-        attributes=attribute_changes(model, new_shapes, whole),
+        attributes=attributes,
+        replaced=explicit_modules(model, [*cut, *(f"{c.module}." for c in attributes)]),
+    )
+
+
+def followed_changes(
+    analysis: Analysis, model: nn.Module, gone: Vector
+) -> list[tuple[str, str, int | tuple[int, ...]]]:
+    """(module, attribute, new value) of the attributes that count channels of which some go."""
+    changed: dict[tuple[str, str], int | tuple[int, ...]] = {}
+    for followed in analysis.followed:
+        stays = int((~gone[analysis.labeller.classes.find(followed.labels)]).sum())
+        if stays == len(followed.labels):
+            continue
+        key = followed.module, followed.attribute
+        if followed.place is None:
+            changed[key] = stays
+        else:
+            old = changed.get(key, getattr(model.get_submodule(followed.module), key[1]))
+            assert not isinstance(old, int)
+            changed[key] = tuple(
+                stays if place == followed.place else value for place, value in enumerate(old)
+            )
+    return [(module, attribute, value) for (module, attribute), value in changed.items()]
+
+
+def explicit_modules(model: nn.Module, touched: Sequence[str]) -> tuple[Replacement, ...]:
+    """Modules that derive their sizes and have a name in them that is cut."""
+    return tuple(
+        Replacement(path, EXPLICIT)
+        for path, module in model.named_modules()
+        if explicit_class(module) is not None
+        and any(name.startswith(f"{path}." if path else "") for name in touched)
     )

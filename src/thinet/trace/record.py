@@ -2,7 +2,10 @@
 
 The model's copy lives on the `meta` device, so no weight is copied and no number is computed.
 Where the forward code needs a number (`.item()`, data-dependent control flow), the copy runs on
-the model's own tensors instead.
+copies of the model's own tensors instead.
+
+Modules that derive their sizes from the residual stream run in their explicit form, which computes
+the same (see `thinet.surgery.explicit`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from thinet.errors import TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
+from thinet.surgery.explicit import all_explicit
 from thinet.types import ExampleInputs, as_call
 
 
@@ -190,7 +194,11 @@ class _Recorder(TorchDispatchMode):
         """What was written down; values from number `known` on that no op made are constants."""
         results = self.abstract(plain(outputs))
         called = tuple((path, self.abstract(plain(output))) for path, output in calls)
-        made = {v.id for op in self.ops for v in op.outputs()}
+        read: set[int] = set()
+        made: set[int] = set()
+        for op in self.ops:
+            read |= {v.id for v in op.inputs()}
+            made |= {v.id for v in op.outputs()} - read  # what is written in place was there before
         constants = {
             value.id: tensor
             for tensor, value in zip(self.alive, self.values.values(), strict=True)
@@ -236,14 +244,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def meta_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
     """A copy of the model and of its inputs without data."""
-    return meta_copy(model), tree_map(
+    replica = meta_copy(model)
+    all_explicit(replica)
+    return replica, tree_map(
         lambda leaf: _to_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
     )
 
 
 def real_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
     """A full copy of the model and of its inputs."""
-    return copied(model), tree_map(
+    replica = copied(model)
+    all_explicit(replica)
+    return replica, tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
     )
 

@@ -7,8 +7,8 @@ labels are those of the original less the removed ones, and the same scalar argu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.surgery.apply import apply_plan
+from thinet.trace.follow import Guess, assume, guesses
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
@@ -46,11 +47,20 @@ SIZES = frozenset(
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first operation that does not follow a cut: why, its module, and the labels it meets."""
+    """The first operation that does not follow a cut: why, its module, and the labels it meets.
+
+    `index` is its number in the evaluation forward, or in the training forward after that.
+    """
 
     reason: str
     module: str
     roots: frozenset[int]
+    index: int
+
+    @property
+    def kind(self) -> str:
+        """The reason without its numbers and places."""
+        return "".join(c for c in self.reason.partition(" in ")[0] if not c.isdigit())
 
 
 class _Known(Classes):
@@ -99,7 +109,8 @@ def probe(
             program, stopped = error.program, error
         mismatch = _compare(walk, program, stopped, gone)
         if mismatch is not None:
-            return mismatch
+            before = len(analysis.program.ops) if walk is analysis.training else 0
+            return replace(mismatch, index=before + mismatch.index)
     return None
 
 
@@ -114,8 +125,17 @@ def _compare(
             assert isinstance(axis, np.ndarray)
             axes.append(axis[~gone[classes.find(axis)]])
         seeds[name] = tuple(axes)
-    walk = Labeller(program, classes, RULES, choices=original.made, seeds=seeds)
+    walk = Labeller(
+        program,
+        classes,
+        RULES,
+        choices=original.made,
+        seeds=seeds,
+        blocks=dict(original.blocks),
+        decided=dict(original.decided),
+    )
     walk.begin()
+    walk.stored = original.stored
     ours = original.program.ops
     for old, new in zip(ours, program.ops, strict=False):
         if old.func is not new.func or old.module != new.module:
@@ -124,18 +144,20 @@ def _compare(
                 f"{new.where})",
                 old.module,
                 _roots(original, old),
+                old.index,
             )
         reason = _step(walk, classes, original, old, new, gone)
         if reason is not None:
             met = _roots(original, old)
             clash = frozenset(np.concatenate(classes.clashes).tolist()) if classes.clashes else None
-            return Mismatch(f"{reason} ({old.where})", old.module, clash or met)
+            return Mismatch(f"{reason} ({old.where})", old.module, clash or met, old.index)
     if stopped is not None:
         at = ours[min(len(program.ops), len(ours) - 1)]
         return Mismatch(
             f"the forward code stops once channels are gone: {_first_line(stopped)} ({at.where})",
             at.module,
             _roots(original, at),
+            at.index,
         )
     if len(program.ops) != len(ours):
         at = ours[min(len(program.ops), len(ours) - 1)]
@@ -144,6 +166,7 @@ def _compare(
             f"({at.where})",
             at.module,
             frozenset(),
+            at.index,
         )
     return None
 
@@ -216,16 +239,22 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def refusals(
-    analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 0
-) -> Iterator[tuple[ChannelGroup, Mismatch]]:
-    """Groups that do not follow a cut, each with the reason; the others were seen to follow.
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """An analysis with the attributes that follow, and the groups that do not follow a cut."""
+
+    analysis: Analysis
+    refused: tuple[tuple[ChannelGroup, Mismatch], ...]
+
+
+def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 0) -> Checked:
+    """See that every group follows a cut, and learn which attributes must be patched for it.
 
     Units go from all groups together: one each, then different numbers from neighbours, then
     random numbers from a random half of the groups. Along an axis that an operation counts along,
     errors can cancel or show for some units only: there any two groups are also tried one without
-    the other, by their first, their last and by random units. Where a try fails, the groups at the
-    failing operation are tried alone.
+    the other, by their first, their last and by random units. Where a try fails and no attribute
+    helps, the groups at the failing operation are tried alone.
     """
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
@@ -236,6 +265,8 @@ def refusals(
         for value in (0, 1)
         for units in ("first", "last", "half", "half")
     ]
+    refused: list[tuple[ChannelGroup, Mismatch]] = []
+    hopeless: set[tuple[type[nn.Module], str]] = set()
     for draw in (_one, _uneven, _random, *parted):
         while suspects:
             keep = draw(list(suspects.values()), rng)
@@ -244,9 +275,46 @@ def refusals(
             mismatch = probe(analysis, pristine, inputs, keep)
             if mismatch is None:
                 break
+            kind = (type(pristine.get_submodule(mismatch.module)), mismatch.kind)
+            if kind not in hopeless:
+                learned = learn(analysis, pristine, inputs, keep, mismatch)
+                if learned is not None:
+                    analysis = learned
+                    continue
+                hopeless.add(kind)
             for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
                 del suspects[group.name]
-                yield group, found
+                refused.append((group, found))
+    return Checked(analysis, tuple(refused))
+
+
+def learn(
+    analysis: Analysis,
+    pristine: nn.Module,
+    inputs: Call,
+    keep: Mapping[str, Sequence[int]],
+    mismatch: Mismatch,
+) -> Analysis | None:
+    """The analysis with attributes that make the trace follow further, or None."""
+
+    def progress(tried: Sequence[Guess]) -> Analysis | None:
+        assumed = assume(analysis, pristine, tried)
+        found = probe(assumed, pristine, inputs, keep)
+        return assumed if found is None or found.index > mismatch.index else None
+
+    options = guesses(analysis, pristine, mismatch.module)
+    for guess in options:
+        if (better := progress([guess])) is not None:
+            return better
+    # Several attributes of one module may have to change together.
+    together = list({(g.kind, g.attribute, g.place): g for g in reversed(options)}.values())
+    if len(together) < 2 or progress(together) is None:
+        return None
+    for guess in list(together):
+        fewer = [g for g in together if g is not guess]
+        if progress(fewer) is not None:
+            together = fewer
+    return progress(together)
 
 
 Draw = Callable[[Sequence[ChannelGroup], np.random.Generator], dict[str, list[int]]]

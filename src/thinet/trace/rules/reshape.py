@@ -59,13 +59,16 @@ def squeeze(labels: Labeller, op: Op) -> None:
 def reshape(labels: Labeller, op: Op) -> None:
     x, (out,) = op.inputs()[0], op.outputs()
     axes: list[Axis] = [FIXED] * len(out.shape)
-    for before, after in blocks(x.shape, out.shape):
+    if op.index not in labels.blocks:
+        labels.blocks[op.index] = blocks(x.shape, out.shape)
+    for before, after in labels.blocks[op.index]:
         made = _block(
             labels,
             op,
             [x.shape[d] for d in before],
             [labels.of(x)[d] for d in before],
             [out.shape[d] for d in after],
+            after[0] if after else 0,
         )
         for d, axis in zip(after, made, strict=True):
             axes[d] = axis
@@ -105,8 +108,15 @@ def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[i
 
 
 def _block(
-    labels: Labeller, op: Op, before: list[int], axes: list[Axis], after: list[int]
+    labels: Labeller,
+    op: Op,
+    before: list[int],
+    axes: list[Axis],
+    after: list[int],
+    first: int,
 ) -> list[Axis]:
+    if prod(before) != prod(after):
+        raise ValueError(f"{before} does not become {after}")
     if len(before) == len(after) == 1:
         return axes
     named = [d for d, axis in enumerate(axes) if labelled(axis)]
@@ -117,51 +127,95 @@ def _block(
         named, _ = [], [labels.lock(a, f"{op.where} merges it into a huge axis") for a in axes]
         return [FIXED for _ in after]
     if len(named) > 1:
-        named = _keep_one(labels, op, before, axes, named)
+        named = _keep_one(labels, op, before, axes, named, first)
     place = named[0]
     vector = axes[place]
     assert isinstance(vector, np.ndarray)
     shape = [1] * len(before)
     shape[place] = before[place]
     full = np.broadcast_to(vector.reshape(shape), before).reshape(after or [1])
-    return _split(labels, op, full, after)
+    return _split(labels, op, full, after, first)
 
 
 def _keep_one(
-    labels: Labeller, op: Op, before: list[int], axes: list[Axis], named: list[int]
+    labels: Labeller, op: Op, before: list[int], axes: list[Axis], named: list[int], first: int
 ) -> list[int]:
     """Two labelled axes merge: one stays prunable, the others are locked."""
-    varying = [d for d in named if before[d] > 1] or named[:1]
-    kept = varying[0]
-    if len(varying) > 1:
-        largest = max(varying, key=lambda d: before[d])
-        default = "outer" if largest == varying[0] else "inner"
-        kept = varying[0] if labels.choose(op, "layout", default) == "outer" else varying[-1]
+    key = (op.index, -1 - first)
+    kept = labels.decided.get(key)
+    if kept is None:
+        varying = [d for d in named if before[d] > 1] or named[:1]
+        kept = labels.decided[key] = _chosen(labels, op, before, varying)
     for d in named:
         if d != kept:
             labels.lock(axes[d], f"{op.where} merges it with another prunable axis")
     return [kept]
 
 
-def _split(labels: Labeller, op: Op, full: Vector, after: list[int]) -> list[Axis]:
+def _split(labels: Labeller, op: Op, full: Vector, after: list[int], first: int) -> list[Axis]:
+    """One axis becomes several, the first of which is dimension `first` of the result."""
     if len(after) == 1:
         return [full]
-    roots = labels.classes.find(np.ascontiguousarray(full))
-    varying = [d for d in range(len(after)) if (roots != roots.take([0], axis=d)).any()]
-    if not varying:
+    key = (op.index, first)
+    if key not in labels.decided:
+        labels.decided[key] = _prunable(labels, op, full, after, first)
+    kept = labels.decided[key]
+    if kept is None:
         labels.lock(full.reshape(-1), f"{op.where} takes it apart")
         return [FIXED for _ in after]
-    kept = varying[0]
-    if len(varying) > 1:
-        largest = max(varying, key=lambda d: after[d])
-        default = "outer" if largest == varying[0] else "inner"
-        kept = varying[0] if labels.choose(op, "layout", default) == "outer" else varying[-1]
-        rows = np.moveaxis(full, kept, 0).reshape(after[kept], -1)
-        labels.tie(np.ascontiguousarray(rows))
+    rows = np.moveaxis(full, kept, 0).reshape(after[kept], -1)
+    labels.tie(np.ascontiguousarray(rows))
     made: list[Axis] = [FIXED for _ in after]
     index = tuple(slice(None) if d == kept else 0 for d in range(len(after)))
     made[kept] = np.ascontiguousarray(full[index])
     return made
+
+
+def _prunable(
+    labels: Labeller, op: Op, full: Vector, after: list[int], first: int
+) -> int | None:
+    """Which of the axes that labels are laid out along stays prunable."""
+    roots = labels.classes.find(np.ascontiguousarray(full))
+    varying = [d for d in range(len(after)) if (roots != roots.take([0], axis=d)).any()]
+    if len(varying) > 1:
+        apart = {d - first for d in _taken_apart(labels, op.outputs()[0])}
+        varying = [d for d in varying if d not in apart] or varying
+    return _chosen(labels, op, after, varying) if varying else None
+
+
+def _chosen(labels: Labeller, op: Op, sizes: list[int], varying: list[int]) -> int:
+    """Which of several axes stays prunable: the heads of attention, else the largest."""
+    if len(varying) == 1:
+        return varying[0]
+    largest = max(varying, key=lambda d: sizes[d])
+    heads = op.module in labels.attending or largest == varying[0]
+    choice = labels.choose(op, "layout", "outer" if heads else "inner")
+    return varying[0] if choice == "outer" else varying[-1]
+
+
+MOVES = frozenset(f"aten.{name}" for name in ("permute", "transpose", "clone", "_to_copy"))
+
+
+def _taken_apart(labels: Labeller, value: Value) -> set[int]:
+    """Dimensions whose entries are picked one by one later: queries, keys and values stacked."""
+    found: set[int] = set()
+    pending = [(value, list(range(len(value.shape))))]
+    while pending:
+        current, origin = pending.pop()
+        for op in labels.readers.get(current.id, ()):
+            if op.args[0] is not current:
+                continue
+            if op.name in ("aten.unbind", "aten.select"):
+                found.add(origin[op.args[1] if len(op.args) > 1 else 0])
+            elif op.name in MOVES:
+                order = list(origin)
+                if op.name == "aten.permute":
+                    order = [origin[d] for d in op.args[1]]
+                elif op.name == "aten.transpose":
+                    a, b = op.args[1], op.args[2]
+                    order[a], order[b] = order[b], order[a]
+                pending.append((op.outputs()[0], order))
+    return found
 
 
 def as_strided(labels: Labeller, op: Op) -> None:

@@ -1,0 +1,126 @@
+"""torchvision's window attentions with sizes of their own. They are told by name, not imported."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ExplicitShiftedWindowAttention(nn.Module):
+    """Swin's attention, both versions: (n, h, w, c) -> (n, h, w, c).
+
+    The same parameters and attributes as torchvision's; `head_dim` and `scale` are added.
+    """
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    window_size: list[int]
+    shift_size: list[int]
+    num_heads: int
+    head_dim: int
+    scale: float
+    attention_dropout: float
+    dropout: float
+    relative_position_index: Tensor
+
+    @staticmethod
+    def sizes(old: Any) -> dict[str, int | float | bool]:
+        width = old.qkv.weight.shape[0] // 3 // old.num_heads
+        return {"head_dim": width, "scale": width**-0.5}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.position_bias()
+        _, high, wide, _ = x.shape
+        rows, columns = self.window_size
+        x = F.pad(x, (0, 0, 0, -wide % columns, 0, -high % rows))
+        n, h, w, _ = x.shape
+        down = 0 if rows >= h else self.shift_size[0]
+        right = 0 if columns >= w else self.shift_size[1]
+        if down + right > 0:
+            x = x.roll((-down, -right), (1, 2))
+        x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(0, 2)
+        mask = self._mask(x, h, w, down, right) if down + right > 0 else None
+        x = self._attend(x, bias, mask)
+        x = F.dropout(F.linear(x, self.proj.weight, self.proj.bias), self.dropout, self.training)
+        x = x.unflatten(1, (rows, columns)).unflatten(0, (n, h // rows, w // columns))
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if down + right > 0:
+            x = x.roll((down, right), (1, 2))
+        return x[:, :high, :wide].contiguous()
+
+    def position_bias(self) -> Tensor:
+        """(1, heads, window, window)."""
+        cells = self.window_size[0] * self.window_size[1]
+        if hasattr(self, "cpb_mlp"):
+            table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
+        else:
+            table = self.relative_position_bias_table
+        bias = table[self.relative_position_index].unflatten(0, (cells, cells))
+        bias = bias.permute(2, 0, 1).unsqueeze(0)
+        return 16 * torch.sigmoid(bias) if hasattr(self, "cpb_mlp") else bias
+
+    def _attend(self, x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """(windows, cells, c) -> (windows, cells, heads x width)."""
+        cosine = getattr(self, "logit_scale", None)
+        added = self.qkv.bias
+        if cosine is not None and added is not None:  # keys have no bias
+            q, k, v = added.unflatten(0, (3, -1)).unbind(0)
+            added = torch.stack([q, torch.zeros_like(k), v]).flatten()
+        qkv = F.linear(x, self.qkv.weight, added)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if cosine is None:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+        else:
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+            scores = scores * cosine.clamp(max=math.log(100.0)).exp()
+        scores = scores + bias
+        if mask is not None:
+            scores = scores.unflatten(0, (-1, len(mask))) + mask[:, None]
+            scores = scores.flatten(0, 1)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    def _mask(self, x: Tensor, h: int, w: int, down: int, right: int) -> Tensor:
+        """(windows of one image, cells, cells): -100 between cells that the shift brought together."""
+        rows, columns = self.window_size
+        region = x.new_zeros((h, w))
+        number = 0
+        for ours in ((0, -rows), (-rows, -down), (-down, None)):
+            for theirs in ((0, -columns), (-columns, -right), (-right, None)):
+                region[slice(*ours), slice(*theirs)] = number
+                number += 1
+        region = region.view(h // rows, rows, w // columns, columns)
+        region = region.transpose(1, 2).flatten(2).flatten(0, 1)
+        apart = region[:, None] - region[:, :, None]
+        return apart.masked_fill(apart != 0, -100.0)
+
+
+class ExplicitRelativeAttention(nn.Module):
+    """MaxViT's attention: (n, windows, cells, c) -> the same, with torchvision's parameters."""
+
+    to_qkv: nn.Linear
+    merge: nn.Linear
+    n_heads: int
+    head_dim: int
+    max_seq_len: int
+    scale_factor: float
+    relative_position_index: Tensor
+    relative_position_bias_table: Tensor
+
+    @staticmethod
+    def sizes(old: Any) -> dict[str, int | float | bool]:
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.unflatten(0, (self.max_seq_len, self.max_seq_len)).permute(2, 0, 1)
+        weights = (q @ (k * self.scale_factor).transpose(-2, -1) + bias).softmax(-1)
+        return self.merge((weights @ v).transpose(2, 3).flatten(3))

@@ -1,0 +1,118 @@
+"""Numbers kept in module attributes that must follow a cut, found by trying and not by name.
+
+An attribute such as `num_heads` or `attn_dim` counts channels. Which ones is not written anywhere:
+where the forward code does not follow a cut, each integer attribute that equals the length of an
+axis there is taken to count that axis, and the cut is traced again. What makes the trace go on
+further is accepted, for all modules of the class.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from thinet.trace.groups import Analysis, Followed
+from thinet.trace.labels import Vector
+
+TRIES = 24
+"""At most so many attributes are tried for one operation that does not follow."""
+
+
+Where = tuple[str, int, int, int]
+"""Name of an operation, which one of that name in its module, which tensor of it, dimension."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """An attribute of a class of modules and the axis that it may count.
+
+    `inside` is the path, from the module that has the attribute, of the one whose operations have
+    the axis; `where` says at which operation, tensor and dimension.
+    """
+
+    kind: type[nn.Module]
+    attribute: str
+    place: int | None
+    inside: str
+    where: Where
+
+
+def guesses(analysis: Analysis, model: nn.Module, module: str) -> list[Guess]:
+    """What might count the channels that the operations of a module work on."""
+    found: list[Guess] = []
+    axes = _axes(analysis, module)
+    taken = {(f.module, f.attribute, f.place): f.labels for f in analysis.followed}
+    owner, inside = module, ""
+    while True:
+        holder = model.get_submodule(owner)
+        for attribute, place, value in integers(holder):
+            met: set[bytes] = set()
+            for where, labels in axes.items():
+                if len(labels) != value or labels is taken.get((owner, attribute, place)):
+                    continue
+                roots = analysis.labeller.classes.find(labels).tobytes()
+                if roots not in met:
+                    met.add(roots)
+                    found.append(Guess(type(holder), attribute, place, inside, where))
+        if not owner:
+            return found[:TRIES]
+        owner, _, last = owner.rpartition(".")
+        inside = f"{last}.{inside}" if inside else last
+
+
+def integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Attributes that are integers above one, and such elements of lists: (name, place, value)."""
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value > 1:
+            yield name, None, value
+        elif isinstance(value, (list, tuple)) and len(value) <= 64:
+            for place, element in enumerate(value):
+                if type(element) is int and element > 1:
+                    yield name, place, element
+
+
+def assume(analysis: Analysis, model: nn.Module, chosen: Sequence[Guess]) -> Analysis:
+    """The analysis with these guesses taken for true in all modules of their classes."""
+    known = {(f.module, f.attribute, f.place): f for f in analysis.followed}
+    for guess in chosen:
+        for path, module in model.named_modules():
+            if type(module) is not guess.kind:
+                continue
+            value = {(n, p): v for n, p, v in integers(module)}.get((guess.attribute, guess.place))
+            inside = ".".join(part for part in (path, guess.inside) if part)
+            labels = _axes(analysis, inside).get(guess.where)
+            if value is not None and labels is not None and len(labels) == value:
+                key = path, guess.attribute, guess.place
+                known[key] = Followed(*key, labels)
+    return replace(analysis, followed=tuple(known.values()))
+
+
+def _axes(analysis: Analysis, module: str) -> dict[Where, Vector]:
+    """Axes of the module's own operations that may lose entries, by where they are."""
+    if module in analysis.axes:
+        return analysis.axes[module]
+    labeller = analysis.labeller
+    free = np.zeros(labeller.classes.count, dtype=bool)
+    for group in analysis.groups:
+        if group.locked is None:
+            free[analysis.roots[group.name]] = True
+    found: dict[Where, Vector] = {}
+    for walk in (labeller, analysis.training):
+        times: Counter[str] = Counter()
+        for op in walk.program.ops if walk is not None else ():
+            if op.module != module:
+                continue
+            times[op.name] += 1
+            for number, value in enumerate([*op.inputs(), *op.outputs()]):
+                for dim, axis in enumerate(walk.of(value)):  # type: ignore[union-attr]
+                    if isinstance(axis, np.ndarray) and len(axis) > 1:
+                        if free[labeller.classes.find(axis)].any():
+                            found.setdefault((op.name, times[op.name], number, dim), axis)
+    analysis.axes[module] = found
+    return found
