@@ -183,6 +183,7 @@ class _Pass:
             for value in op.outputs():
                 maker.setdefault(value.id, op.index)
         done: set[int] = set()
+        waiting: set[int] = set()
         order: list[int] = []
 
         def visit(index: int) -> None:
@@ -192,9 +193,12 @@ class _Pass:
                 visit(need)
             layer = self.layers.get(index)
             if layer is not None and layer.shortcut is not None:
-                source = maker.get(layer.shortcut.id)
-                if source is not None and source not in done and not self._behind(source, index):
+                # Two layers that are added up are each other's shortcut: one goes without.
+                source = maker.get(layer.shortcut.id, index)
+                waiting.add(index)
+                if source not in done and not any(self._behind(source, w) for w in waiting):
                     visit(source)
+                waiting.remove(index)
             if index not in done:
                 done.add(index)
                 order.append(index)
