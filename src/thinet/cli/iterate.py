@@ -21,6 +21,7 @@ from thinet.iterate import iterate as step_by_step
 from thinet.loop import IterateResult
 from thinet.plan import Plan
 from thinet.prune import Repair, Sampling
+from thinet.recipes import resolve
 from thinet.report.data import Group, Network, Report
 from thinet.steps import StepRecord
 from thinet.trace.analyse import find_groups
@@ -119,6 +120,8 @@ def iterate(
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
+    if recipe is not None:  # whether it fits is known before any image is read
+        asked = {"recipe": resolve(recipe, named.model, inputs, keep=keep)}
     before = count(named.model, inputs)
     console.keeps(f"the run's state is kept in {folder}; the same command goes on from there")
     with console.progress() as told:

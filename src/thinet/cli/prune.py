@@ -16,6 +16,7 @@ from thinet.cli.inputs import example, network, pictures
 from thinet.plan import Plan
 from thinet.prune import Repair, Sampling
 from thinet.prune import prune as cut_and_repair
+from thinet.recipes import resolve
 from thinet.recipes.apply import prune_by_recipe
 from thinet.report.data import Network, Report
 from thinet.report.rows import pruned_facts, pruned_groups, pruned_notes
@@ -102,6 +103,8 @@ def prune(
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
+    if recipe is not None:  # whether it fits is known before any image is read
+        asked = {"recipe": resolve(recipe, named.model, inputs, keep=keep)}
     before = after = None
     with console.progress() as told:
         held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
