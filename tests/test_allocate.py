@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ def group(name: str, channels: int) -> ChannelGroup:
 def costs(channels: Mapping[str, int], chain: list[str]) -> Costs:
     """Layers in a row: each costs its width times the width before, the first and last 3 and 10."""
     sizes = [Size(3, ()), *(Size(0, ((name, 1),)) for name in chain), Size(10, ())]
-    terms = tuple(CostTerm("", 1, pair) for pair in zip(sizes, sizes[1:], strict=False))
+    terms = tuple(CostTerm("", 1, pair) for pair in pairwise(sizes))
     return Costs(full=channels, macs_terms=terms, params_terms=terms)
 
 
@@ -44,9 +44,7 @@ def test_widths_are_multiples_of_the_divisor_where_the_group_is_wide_enough() ->
 
 @settings(max_examples=60, deadline=None)
 @given(
-    curves=st.lists(
-        st.lists(st.integers(0, 20), min_size=3, max_size=5), min_size=2, max_size=3
-    ),
+    curves=st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=5), min_size=2, max_size=3),
     keep=st.floats(0.3, 0.95),
 )
 def test_convex_curves_are_shared_out_nearly_as_well_as_trying_everything(
@@ -62,10 +60,10 @@ def test_convex_curves_are_shared_out_nearly_as_well_as_trying_everything(
     groups = [group(n, len(errors[n]) - 1) for n in names]
     model = costs({g.name: g.channels for g in groups}, names)
     target = keep * model.macs({})
-    if model.macs({n: 1 for n in names}) > target:
+    if model.macs(dict.fromkeys(names, 1)) > target:
         return
     choices = [allowed_widths(g, errors[g.name]) for g in groups]
-    widths = allocate(choices, model.macs, target)
+    widths = allocate(choices, model.macs_terms, model.full, target)
     assert model.macs(widths) <= target
 
     def error(given_widths: Mapping[str, int]) -> float:
@@ -105,7 +103,8 @@ def test_the_divisor_gives_way_to_the_budget() -> None:
 
 def test_a_budget_out_of_reach_says_so() -> None:
     choice = Allowed("a", (2, 4), (1.0, 0.0), {2: 1.0, 4: 0.0})
+    model = costs({"a": 4}, ["a"])
     with pytest.raises(BudgetError, match="narrowest widths that are allowed still cost 26"):
-        allocate([choice], costs({"a": 4}, ["a"]).macs, 10)
+        allocate([choice], model.macs_terms, model.full, 10)
     with pytest.raises(OptionError, match="divisor and least are at least 1; got 0 and 2"):
         error_widths(Budget(macs=0.5), [], {}, costs({}, []), divisor=0)

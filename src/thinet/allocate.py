@@ -9,15 +9,44 @@ because neighbouring layers multiply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thinet.budget import WITHIN, Budget, check_reached
 from thinet.errors import BudgetError, OptionError
-from thinet.trace.groups import Costs
+from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
 
-Measure = Callable[[Mapping[str, int]], int]
+
+class Meter:
+    """Cost of a model whose widths change one by one: only that group's terms are redone."""
+
+    def __init__(
+        self, terms: Sequence[CostTerm], full: Mapping[str, int], widths: Mapping[str, int]
+    ) -> None:
+        self.widths = dict(widths)
+        self._full = full
+        self._terms: dict[str, list[CostTerm]] = {name: [] for name in widths}
+        for term in terms:
+            for name in {name for size in term.sizes for name, _ in size.per_unit}:
+                if name in self._terms:
+                    self._terms[name].append(term)
+        self.cost = sum(term.at(self.widths, full) for term in terms)
+
+    def change(self, name: str, width: int) -> float:
+        """How much cost one group's new width would add; negative where it saves."""
+        before = self._of(name)
+        was, self.widths[name] = self.widths[name], width
+        after = self._of(name)
+        self.widths[name] = was
+        return after - before
+
+    def set(self, name: str, width: int) -> None:
+        self.cost += self.change(name, width)
+        self.widths[name] = width
+
+    def _of(self, name: str) -> float:
+        return sum(term.at(self.widths, self._full) for term in self._terms[name])
 
 
 def error_widths(
@@ -43,6 +72,7 @@ def error_widths(
     if divisor < 1 or least < 1:
         raise OptionError(f"divisor and least are at least 1; got {divisor} and {least}")
     measure = costs.macs if budget.kind == "macs" else costs.params
+    terms = costs.macs_terms if budget.kind == "macs" else costs.params_terms
     full = measure({})
     target = budget.fraction * full
     while True:
@@ -51,7 +81,7 @@ def error_widths(
             for g in groups
         ]
         try:
-            widths = allocate(choices, measure, target)
+            widths = allocate(choices, terms, costs.full, target)
         except BudgetError:
             if divisor == 1 and least == 1:
                 raise
@@ -100,7 +130,7 @@ def allowed_widths(
     """
     step = divisor if group.channels >= 4 * divisor else 1
     first = max(step * -(-least // step), step)
-    widths = [w for w in range(first, group.channels, step)] + [group.channels]
+    widths = [*range(first, group.channels, step), group.channels]
     points = [(w, float(errors[group.channels - w])) for w in widths]
     hull: list[tuple[int, float]] = []
     for point in points:
@@ -116,29 +146,31 @@ def _above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> 
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def allocate(choices: Sequence[Allowed], measure: Measure, target: float) -> dict[str, int]:
+def allocate(
+    choices: Sequence[Allowed], terms: Sequence[CostTerm], full: Mapping[str, int], target: float
+) -> dict[str, int]:
     """Widths whose cost is at most the target, by least added error for each unit of cost saved.
 
-    The last steps are made smaller where single widths between two points of a hull still fit.
+    Single widths between two points of a hull are given back where they still fit.
 
     Args:
         choices: the widths that each group may have.
-        measure: cost of the whole model at given widths.
+        terms: of the whole model's cost.
+        full: the full width of every group.
         target: the cost that may remain.
 
     Raises:
         BudgetError: the narrowest widths still cost more.
     """
     place = {choice.name: len(choice.widths) - 1 for choice in choices}
-    widths = {c.name: c.widths[-1] for c in choices}
-    cost = measure(widths)
-    while cost > target:
+    meter = Meter(terms, full, {c.name: c.widths[-1] for c in choices})
+    while meter.cost > target:
         best: tuple[float, str, int] | None = None
         for choice in choices:
             at = place[choice.name]
             if at == 0:
                 continue
-            saved = cost - measure({**widths, choice.name: choice.widths[at - 1]})
+            saved = -meter.change(choice.name, choice.widths[at - 1])
             if saved <= 0:
                 continue
             slope = (choice.errors[at - 1] - choice.errors[at]) / saved
@@ -146,30 +178,28 @@ def allocate(choices: Sequence[Allowed], measure: Measure, target: float) -> dic
                 best = (slope, choice.name, choice.widths[at - 1])
         if best is None:
             raise BudgetError(
-                f"the narrowest widths that are allowed still cost {cost:,}, more than the "
-                f"{target:,.0f} that may remain"
+                f"the narrowest widths that are allowed still cost {meter.cost:,.0f}, more than "
+                f"the {target:,.0f} that may remain"
             )
         _, name, width = best
-        widths[name] = width
+        meter.set(name, width)
         place[name] -= 1
-        cost = measure(widths)
-    return _give_back(widths, choices, measure, target)
+    _give_back(meter, choices, target)
+    return meter.widths
 
 
-def _give_back(
-    widths: dict[str, int], choices: Sequence[Allowed], measure: Measure, target: float
-) -> dict[str, int]:
+def _give_back(meter: Meter, choices: Sequence[Allowed], target: float) -> None:
     """Widen single groups again where it still fits, the largest gain first."""
     while True:
-        gains: list[tuple[float, dict[str, int]]] = []
+        best: tuple[float, str, int] | None = None
         for choice in choices:
-            now = widths[choice.name]
+            now = meter.widths[choice.name]
             wider = min((w for w in choice.between if w > now), default=None)
-            if wider is None:
+            if wider is None or meter.cost + meter.change(choice.name, wider) > target:
                 continue
-            tried = {**widths, choice.name: wider}
-            if measure(tried) <= target:
-                gains.append((choice.between[now] - choice.between[wider], tried))
-        if not gains:
-            return widths
-        widths = max(gains, key=lambda gain: gain[0])[1]
+            gain = choice.between[now] - choice.between[wider]
+            if best is None or gain > best[0]:
+                best = (gain, choice.name, wider)
+        if best is None:
+            return
+        meter.set(best[1], best[2])

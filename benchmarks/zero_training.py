@@ -1,0 +1,204 @@
+"""Accuracy of a CIFAR ResNet right after pruning, with no training step.
+
+    python benchmarks/zero_training.py                       # ResNet-56, one calibration set
+    python benchmarks/zero_training.py --network resnet20 --seeds 3
+    python benchmarks/zero_training.py --torch-pruning       # beside Torch-Pruning 1.6.1
+
+Only the first convolution of each block is pruned, as in the paper, on 1,000 unlabelled training
+images; accuracy is top-1 on every second test image. `keep` rows take the same fraction of every
+block, `x` rows reach the same cost with widths from error curves. "+ BN" re-estimates BatchNorm
+statistics on the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import thinet
+from thinet.data import calibration_batches, loader
+from thinet.models import resolve
+from thinet.train.evaluate import evaluate
+
+HERE = Path(__file__).parent
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+INNER = "layer*.conv1"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a name and a function from (dense model, batches, speed-up) to a smaller model."""
+
+    name: str
+    run: Callable[[nn.Module, list[Any], float], nn.Module]
+
+
+def ours(name: str, *, uniform: bool = True, **options: Any) -> Method:
+    """`speed` is the kept fraction of channels for uniform rows, else a MAC speed-up."""
+
+    def run(model: nn.Module, batches: list[Any], speed: float) -> nn.Module:
+        budget = thinet.Budget(keep=speed) if uniform else thinet.Budget(macs=1 / speed)
+        return thinet.prune(
+            model, EXAMPLE, batches, budget=budget, only=INNER, divisor=1, **options
+        ).model
+
+    return Method(name, run)
+
+
+UNIFORM = (
+    ours("random", criterion="random", repair="none"),
+    ours("weight sum", criterion="weight-sum", repair="none"),
+    ours("APoZ", criterion="apoz", repair="none"),
+    ours("Taylor 2017", criterion="taylor", repair="none"),
+    ours("ThiNet, no w", criterion="thinet", repair="none"),
+    ours("ThiNet with w (the paper)", criterion="thinet", repair="scale"),
+    ours("OMP with w (the TPAMI code)", criterion="thinet-omp", repair="scale"),
+    ours("random, full repair", criterion="random", repair="full"),
+    ours("weight sum, full repair", criterion="weight-sum", repair="full"),
+    ours("ThiNet, full repair", criterion="thinet", repair="full"),
+    ours("block-OBS, full repair", criterion="block-obs", repair="full"),
+)
+
+BY_ERROR = (
+    ours("ThiNet, full repair, error-driven", uniform=False, criterion="thinet", repair="full"),
+    ours("block-OBS, full repair, error-driven", uniform=False, criterion="block-obs"),
+)
+
+
+def torch_pruning(name: str, importance: str, *, everywhere: bool) -> Method:
+    """A criterion of Torch-Pruning on the same convolutions, its ratio searched for the speed-up."""
+
+    def run(model: nn.Module, batches: list[Any], speed: float) -> nn.Module:
+        import torch_pruning as tp
+
+        dense = thinet.count(model, EXAMPLE).macs
+        inner = {n for n, _ in model.named_modules() if n.endswith(".conv1") and "." in n}
+
+        def at(ratio: float) -> nn.Module:
+            small = _copy(model)
+            score = getattr(tp.importance, importance)()
+            layers = dict(small.named_modules())
+            ignored = [m for n, m in layers.items() if isinstance(m, (nn.Conv2d, nn.Linear))]
+            ignored = [m for m in ignored if m not in {layers[n] for n in inner}]
+            pruner = tp.pruner.MetaPruner(
+                small, EXAMPLE, score, global_pruning=everywhere, pruning_ratio=ratio,
+                max_pruning_ratio=0.95, ignored_layers=ignored, round_to=1,
+            )  # fmt: skip
+            if "Taylor" in importance:
+                images, labels = batches[0]
+                nn.functional.cross_entropy(small(images), labels).backward()
+            pruner.step()
+            return small.eval()
+
+        low, high = 0.0, 0.95
+        for _ in range(10):
+            middle = (low + high) / 2
+            if dense / thinet.count(at(middle), EXAMPLE).macs < speed:
+                low = middle
+            else:
+                high = middle
+        return at(high)
+
+    return Method(f"Torch-Pruning {name}, {'global' if everywhere else 'local'}", run)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+RIVALS = tuple(
+    torch_pruning(name, importance, everywhere=everywhere)
+    for name, importance in (
+        ("L2", "MagnitudeImportance"),
+        ("Taylor", "TaylorImportance"),
+        ("FPGM", "FPGMImportance"),
+        ("LAMP", "LAMPImportance"),
+        ("BN scale", "BNScaleImportance"),
+    )
+    for everywhere in (False, True)
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet56", choices=("resnet20", "resnet56"))
+    parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
+    parser.add_argument("--weights", type=Path, help="default: ../shared/weights")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1, help="calibration sets")
+    parser.add_argument("--keep", type=float, nargs="*", default=(0.5, 0.3))
+    parser.add_argument("--speed", type=float, nargs="*", default=(1.99, 3.23))
+    parser.add_argument("--only", nargs="*", default=(), help="words that a row's name must hold")
+    parser.add_argument("--torch-pruning", action="store_true")
+    parser.add_argument("--bn", action="store_true", help="each row also with BN re-estimated")
+    parser.add_argument("--json", type=Path, help="append each row to this file")
+    given = parser.parse_args(argv)
+    shared = Path("../shared/weights") / f"cifar_{given.network}_jpeg.safetensors"
+    model = resolve(
+        f"{HERE / 'cifar_resnet.py'}:{given.network}", weights=given.weights or shared
+    ).eval()
+    test = loader(given.data / "test", size=32, batch_size=250, every=2, preload=True)
+    dense = thinet.count(model, EXAMPLE).macs
+    print(f"dense: {evaluate(model, test).top1:.2%} of {test.images} test images")
+    print("| method | MACs | top-1 | + BN | spread | seconds |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for method, speed in rows(given):
+        found = [_one(method, speed, model, test, given, seed) for seed in range(given.seeds)]
+        raw, bn, seconds = ([f[key] for f in found] for key in ("top1", "top1_bn", "seconds"))
+        again = f"{sum(bn) / len(bn):.2%}" if given.bn else ""
+        print(
+            f"| {method.name} | {dense / found[0]['macs']:.2f}x | {sum(raw) / len(raw):.2%} | "
+            f"{again} | {max(raw) - min(raw):.2%} | {sum(seconds) / len(seconds):.1f} |",
+            flush=True,
+        )
+        if given.json:
+            with given.json.open("a") as file:
+                file.write(json.dumps({"method": method.name, "asked": speed, "runs": found}) + "\n")
+
+
+def rows(given: argparse.Namespace) -> Iterable[tuple[Method, float]]:
+    for methods, speeds in (
+        (UNIFORM, given.keep),
+        (BY_ERROR, given.speed),
+        (RIVALS if given.torch_pruning else (), given.speed),
+    ):
+        for speed in speeds:
+            for method in methods:
+                if all(word in method.name for word in given.only):
+                    yield method, speed
+
+
+def _one(
+    method: Method, speed: float, model: nn.Module, test: Any, given: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    labelled = "Taylor" in method.name
+    source = calibration_batches(
+        given.data / "train", 256 if labelled else given.images, 250, 32, seed=seed, labels=labelled
+    )
+    batches: list[Tensor] = list(source)
+    start = time.perf_counter()
+    small = method.run(model, batches, speed)
+    seconds = time.perf_counter() - start
+    again = float("nan")
+    if given.bn:
+        again = evaluate(thinet.recalibrate_bn(small, batches), test).top1
+    return {
+        "macs": thinet.count(small, EXAMPLE).macs,
+        "top1": evaluate(small, test).top1,
+        "top1_bn": again,
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
