@@ -52,8 +52,11 @@ class FixedViewVgg(SmallVgg):
 class Bottleneck(nn.Module):
     """1 x 1, 3 x 3, 1 x 1 under names of its own; a projection where the shape changes."""
 
-    def __init__(self, inputs: int, width: int, outputs: int, **options: Any) -> None:
+    def __init__(
+        self, inputs: int, width: int, outputs: int, *, late: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        self.late = late
         self.reduce = nn.Conv2d(inputs, width, 1, bias=False)
         self.norm_a = nn.BatchNorm2d(width)
         self.spatial = nn.Conv2d(width, width, 3, padding=1, bias=False, **options)
@@ -65,6 +68,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.norm_a(self.reduce(x)))
         y = functional.relu(self.norm_b(self.spatial(y)))
+        if self.late:
+            y = self.norm_c(self.expand(y))
+            y += self.project(x)
+            return functional.relu(y)
         return functional.relu(self.project(x) + self.norm_c(self.expand(y)))
 
 
