@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from thinet.trace.groups import Analysis, Followed
 from thinet.trace.labels import Vector
@@ -90,6 +91,24 @@ def assume(analysis: Analysis, model: nn.Module, chosen: Sequence[Guess]) -> Ana
             if value is not None and labels is not None and len(labels) == value:
                 key = path, guess.attribute, guess.place
                 known[key] = Followed(*key, labels)
+    return replace(analysis, followed=tuple(known.values()))
+
+
+NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+def bare_norms(analysis: Analysis, model: nn.Module) -> Analysis:
+    """The analysis with the widths of norms that have no parameters to tell them."""
+    known = {(f.module, f.attribute, f.place): f for f in analysis.followed}
+    for path, module in model.named_modules():
+        if not isinstance(module, NORMS) or [*module.parameters(), *module.buffers()]:
+            continue
+        axes = _axes(analysis, path).values()
+        for attribute, place, value in integers(module):
+            if attribute in ("num_features", "num_channels", "normalized_shape"):
+                for labels in (a for a in axes if len(a) == value):
+                    key = path, attribute, place
+                    known.setdefault(key, Followed(*key, labels))
     return replace(analysis, followed=tuple(known.values()))
 
 

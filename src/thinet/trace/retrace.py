@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.surgery.apply import apply_plan
-from thinet.trace.follow import Guess, assume, guesses
+from thinet.trace.follow import Guess, assume, bare_norms, guesses
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
@@ -184,7 +184,8 @@ def _step(
         return "the forward code takes channels by number"
     for before, after in zip(old.outputs(), new.outputs(), strict=True):
         for dim, expected in enumerate(original.of(before)):
-            reason = _axis(classes, expected, walk.of(after)[dim], before, after, dim, gone)
+            found = walk.of(after)[dim]
+            reason = _axis(classes, walk.stored, expected, found, before, after, dim, gone)
             if reason is not None:
                 return reason
     return None
@@ -192,6 +193,7 @@ def _step(
 
 def _axis(
     classes: _Known,
+    stored: int,
     expected: Axis,
     found: Axis,
     before: Value,
@@ -208,9 +210,11 @@ def _axis(
         return f"a size of {before.shape[dim]} became {after.shape[dim]} and not {len(stays)}"
     if isinstance(found, np.ndarray):
         # Labels themselves and not only their classes: the order within a class matters too.
-        wrong = (found != stays) & (found < classes.known) & (stays < classes.known)
+        # Labels of tensors made on the way are new each time; those of parameters are not.
+        wrong = (found != stays) & ((found < stored) | (stays < stored))
         if wrong.any():
-            classes.clashes.append(classes.find(np.concatenate([found[wrong], stays[wrong]])))
+            met = classes.find(np.concatenate([found[wrong], stays[wrong]]))
+            classes.clashes.append(met[met < classes.known])
             return "the forward code takes channels by number"
     return None
 
@@ -256,6 +260,7 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     the other, by their first, their last and by random units. Where a try fails and no attribute
     helps, the groups at the failing operation are tried alone.
     """
+    analysis = bare_norms(analysis, pristine)
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
     counted = _counted_along(analysis.labeller, analysis)
