@@ -197,6 +197,8 @@ def test_plain_layers_have_neither() -> None:
         "token": (None, None, "token.bias"),
     }
     assert layers["fc"].geometry.rank == 0
+    assert layers["fc"].transposed is not None and layers["fc"].transposed.shape == (3, 4)
+    assert layers["conv"].transposed is None
 
 
 @pytest.mark.parametrize("cls", [ActivationBetween, Weighted])

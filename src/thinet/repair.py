@@ -28,6 +28,8 @@ from thinet.trace.interpret import Environment, Execution, dependencies
 from thinet.trace.record import Op
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
+SHARED = "its weights are used more than once"
+
 
 @dataclass(frozen=True)
 class RepairSettings:
@@ -109,6 +111,9 @@ def repair_scale(
         for site in group.sites:
             layer = seen.layers.get(site.op)
             found = None
+            if layer is not None and layer.shared:
+                skipped[layer.weight.removesuffix(".weight")] = SHARED
+                continue
             if layer is not None:
                 weight = dense_weight(weights[layer.weight].detach(), layer.geometry)
                 found = site_gram(site, group, seen, weight)
@@ -129,7 +134,7 @@ def repair_scale(
             shape = [1] * weight.ndim
             shape[dim] = -1
             weight.mul_(factor.to(weight).reshape(shape))
-    return Repaired(tuple(done), skipped)
+    return Repaired(tuple(dict.fromkeys(done)), skipped)
 
 
 class _Pass:
@@ -166,22 +171,21 @@ class _Pass:
         return Repaired(tuple(self.refitted), self.skipped)
 
     def _touched(self) -> set[int]:
-        """Operations that see anything of the cut."""
+        """Layers whose input, or what is added to them, sees anything of the cut."""
         cut_names = {name for name, _ in self.kept}
         changed = {i for i, name in self.program.names.items() if name in cut_names}
-        found: set[int] = set()
         for op in self.program.ops:
             if any(value.id in changed for value in op.inputs()):
-                found.add(op.index)
                 changed.update(value.id for value in op.outputs())
-        return found
+        return {
+            index
+            for index, layer in self.layers.items()
+            if layer.x.id in changed
+            or (layer.shortcut is not None and layer.shortcut.id in changed)
+        }
 
     def _order(self) -> list[int]:
         """As recorded, but what a shortcut needs comes before the layer that makes up for it."""
-        maker: dict[int, int] = {}
-        for op in self.program.ops:
-            for value in op.outputs():
-                maker.setdefault(value.id, op.index)
         done: set[int] = set()
         waiting: set[int] = set()
         order: list[int] = []
@@ -194,7 +198,7 @@ class _Pass:
             layer = self.layers.get(index)
             if layer is not None and layer.shortcut is not None:
                 # Two layers that are added up are each other's shortcut: one goes without.
-                source = maker.get(layer.shortcut.id, index)
+                source = self._last_writer(layer)
                 waiting.add(index)
                 if source not in done and not any(self._behind(source, w) for w in waiting):
                     visit(source)
@@ -206,6 +210,17 @@ class _Pass:
         for op in self.program.ops:
             visit(op.index)
         return order
+
+    def _last_writer(self, layer: Layer) -> int:
+        """The operation after which the shortcut is as it will be added."""
+        assert layer.shortcut is not None and layer.add is not None
+        storage = layer.shortcut.storage
+        writers = (
+            op.index
+            for op in self.program.ops[: layer.add]
+            if any(value.storage == storage for value in op.outputs())
+        )
+        return max(writers, default=layer.op)
 
     def _behind(self, later: int, earlier: int) -> bool:
         """Whether one operation needs another to have run."""
@@ -240,7 +255,7 @@ class _Pass:
         if self.dense.get(layer.op) not in self.seen.targets:
             return "the dense network has no such layer"
         if layer.shared:
-            return "its weights are used more than once"
+            return SHARED
         if layer.geometry.groups > 1:
             return "grouped convolutions are not refitted"
         if columns > WIDEST:
@@ -272,6 +287,9 @@ class _Pass:
             name=layer.module or layer.weight,
         )
         tensors[layer.weight] = new.reshape(weight.shape).to(weight)
+        if layer.transposed is not None:  # it was made before this layer's turn came
+            for env in envs:
+                env[layer.transposed.id] = tensors[layer.weight].T
         if layer.bias is not None:
             tensors[layer.bias] = intercept.to(tensors[layer.bias])
         elif layer.norm is not None:

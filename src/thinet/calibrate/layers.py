@@ -29,6 +29,7 @@ class Layer:
         op: index of the operation.
         module: path of the module that runs it.
         weight, bias: names of the parameters; weight is (N, C / groups, *kernel) or (N, C).
+        transposed: what the operation reads in the weight's place, if not the weight itself.
         x, y: its input and output.
         norm: the BatchNorm that alone reads y, if there is one.
         shortcut: what is added to y (behind the norm), if its sum alone goes on.
@@ -40,6 +41,7 @@ class Layer:
     module: str
     weight: str
     bias: str | None
+    transposed: Value | None
     geometry: Geometry
     x: Value
     y: Value
@@ -79,6 +81,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
             module=op.module,
             weight=program.names[weight.id],
             bias=None if bias is None else program.names[bias.id],
+            transposed=next((v for v in op.inputs() if transposed.get(v.id) is weight), None),
             geometry=geometry,
             x=x,
             y=y,
