@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -295,3 +297,21 @@ def test_a_head_that_is_part_of_a_list_keeps_its_place() -> None:
         ("32", "identity"),
         ("33", "linear"),
     ]
+
+
+def test_the_recipes_of_the_page_on_recipes_work() -> None:
+    page = Path(__file__).parents[1] / "docs" / "adding-a-recipe.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    written = [block for block in blocks if "Step(" in block]
+    assert len(written) == 2
+    scope: dict[str, Any] = {}
+    try:
+        for block in written:
+            exec(block, scope)
+        assert scope["mine"].keep == {"conv1": 24, "layer1.0.conv1": 32, "layer1.1.conv1": 32}
+        keep = resolved("wide-layers", SmallVgg(), keep=0.25).keep
+        assert list(keep.values()) == [3, 3, 3, 4, 4, 4, 4, 4, 4, 5]
+        with pytest.raises(RecipeError, match="this PreActivation has no group of 12 channels"):
+            resolved("wide-layers", PreActivation())
+    finally:
+        recipes.RECIPES.pop("wide-layers", None)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from thinet.budget import Budget, uniform_widths
-from thinet.errors import OptionError, RecipeError
+from thinet.errors import OptionError
+from thinet.errors import RecipeError as RecipeError
 from thinet.prune import select_groups
 from thinet.recipes import resnet, vgg
 from thinet.recipes.recipe import Recipe, Step, Tuning
-from thinet.recipes.structure import Network, network
+from thinet.recipes.structure import Network as Network
+from thinet.recipes.structure import network
 from thinet.types import ExampleInputs
 
 Maker = Callable[[Network, float | None], Recipe]
