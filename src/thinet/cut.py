@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 from torch import nn
+from torch.optim import Optimizer
 
 from thinet.errors import LockedGroupError, UnknownGroupError
 from thinet.plan import Plan
 from thinet.surgery.apply import apply_plan
+from thinet.surgery.optimizer import cut_optimizer
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
 from thinet.trace.record import copied
 from thinet.types import ChannelGroup, ExampleInputs, check_indices
 from thinet.verify import verify_cut
+
+
+@overload
+def cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    verify: bool = True,
+    normalised: bool = False,
+    choices: Mapping[str, str] | None = None,
+    optimizer: None = None,
+) -> nn.Module: ...
+
+
+@overload
+def cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    verify: bool = True,
+    normalised: bool = False,
+    choices: Mapping[str, str] | None = None,
+    optimizer: Optimizer,
+) -> tuple[nn.Module, Optimizer]: ...
 
 
 def cut(
@@ -24,7 +53,9 @@ def cut(
     *,
     verify: bool = True,
     normalised: bool = False,
-) -> nn.Module:
+    choices: Mapping[str, str] | None = None,
+    optimizer: Optimizer | None = None,
+) -> nn.Module | tuple[nn.Module, Optimizer]:
     """A new, smaller model that keeps the named units of the named groups.
 
     Groups that are not named stay whole. The given model is left as it was.
@@ -36,20 +67,29 @@ def cut(
         verify: run both models on the example inputs and compare the cut one with the original
             whose removed channels are silenced at the consumers' inputs.
         normalised: as in `find_groups`; such cuts are not exact and not verified.
+        choices: as in `find_groups`.
+        optimizer: that of the dense model. Its momenta and steps go on for what stays.
+
+    Returns:
+        The cut model; with `optimizer`, the cut model and an optimizer of the same class for it.
+        A learning rate scheduler goes on with `scheduler.optimizer = optimizer`.
 
     Raises:
         LockedGroupError: a group may not be cut; the text says why.
         UnknownGroupError: no group has that name.
         IndicesError: indices that are empty, repeated or out of range (a ValueError).
         VerificationError: the cut model differs; it is not returned.
+        OptionError: the optimizer's state of a cut parameter does not have its shape.
     """
-    analysis = analyse(model, example_inputs, normalised=normalised)
+    analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     checked = check_keep(analysis.groups, keep)
     plan = make_plan(analysis, model, checked)
     small = apply_to_copy(model, plan)
     if verify:
         verify_cut(model, small, example_inputs, analysis, checked)
-    return small
+    if optimizer is None:
+        return small
+    return small, cut_optimizer(optimizer, model, small, plan)
 
 
 def apply_to_copy(model: nn.Module, plan: Plan) -> nn.Module:

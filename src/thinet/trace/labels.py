@@ -59,6 +59,7 @@ class Classes:
         self.count = 0
         self.locks: list[tuple[Vector, str]] = []
         self.normalised: list[tuple[Vector, str]] = []
+        self.muted = False
 
     def fresh(self, n: int) -> Vector:
         """n new labels, each in a class of its own."""
@@ -95,11 +96,13 @@ class Classes:
 
     def lock(self, labels: Vector, reason: str) -> None:
         """These may not be cut."""
-        self.locks.append((labels, reason))
+        if not self.muted:
+            self.locks.append((labels, reason))
 
     def normalise(self, labels: Vector, reason: str) -> None:
         """Removing one of these changes the others."""
-        self.normalised.append((labels, reason))
+        if not self.muted:
+            self.normalised.append((labels, reason))
 
 
 @dataclass
@@ -179,10 +182,13 @@ class Labeller:
         if all(value.id in self.static for value in op.inputs()):
             self.static.update(value.id for value in op.outputs())
         rule = self.rules.get(op.name)
+        # What nobody reads may change, as long as it still runs.
+        self.classes.muted = op.index in self.unread
         if rule is None:
             self.refuse(op, f"there is no rule for {op.where} (see docs/adding-an-op.md)")
         else:
             rule(self, op)
+        self.classes.muted = False
 
     def _parameter_axes(self, value: Value) -> Axes:
         if self.seeds is not None:
@@ -268,6 +274,19 @@ class Labeller:
             for value in op.inputs():
                 found.setdefault(value.id, []).append(op)
         return found
+
+    @cached_property
+    def unread(self) -> frozenset[int]:
+        """Operations whose results reach no output, and that write nothing in place."""
+        needed = {value.id for value in values_of(self.program.outputs)}
+        found: set[int] = set()
+        for op in reversed(self.program.ops):
+            made = {value.id for value in op.outputs()}
+            if made and made.isdisjoint(needed) and not op.func._schema.is_mutable:
+                found.add(op.index)
+            else:
+                needed.update(value.id for value in op.inputs())
+        return frozenset(found)
 
     @cached_property
     def attending(self) -> frozenset[str]:
