@@ -164,6 +164,12 @@ def test_cuts_before_and_after_a_replacement_are_one_plan() -> None:
     assert torch.equal(ours["body.26.bias"], theirs["body.26.bias"][chosen])
 
 
+def test_a_module_that_only_states_its_sizes_keeps_its_cuts() -> None:
+    first = Plan(keep={"a.fc": (1,)}, kept=(Slice("a.fc.weight", 0, (1,)),))
+    assert first.then(Plan(replaced=(Replacement("a", "explicit"),))).kept == first.kept
+    assert first.then(Plan(replaced=(Replacement("a", "identity"),))).kept == ()
+
+
 HEAD12 = (HEAD[0], Replacement("head", "linear", {"in_features": 12, "out_features": 5}))
 
 

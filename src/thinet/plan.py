@@ -12,6 +12,9 @@ from thinet.types import Slice
 
 FORMAT = 1
 
+EXPLICIT = "explicit"
+"""The builder that keeps a module and its weights, and lets it state its own sizes."""
+
 
 @dataclass(frozen=True)
 class AttributeChange:
@@ -58,7 +61,7 @@ class Plan:
         Raises:
             OptionError: the later plan keeps what this one does not leave.
         """
-        gone = tuple(r.module for r in later.replaced)
+        gone = tuple(r.module for r in later.replaced if r.builder != EXPLICIT)
         keep = {g: u for g, u in self.keep.items() if not _within(g.partition(":")[0], gone)}
         for name, units in later.keep.items():
             keep[name] = _picked(keep[name], units, name) if name in keep else units

@@ -16,7 +16,7 @@ from torch import nn
 
 from thinet.errors import CheckpointError
 from thinet.observe import preserved_rng
-from thinet.plan import Replacement
+from thinet.plan import EXPLICIT, Replacement
 from thinet.surgery.explicit import explicit_class, make_explicit
 
 Builder = Callable[..., nn.Module]
@@ -45,9 +45,6 @@ BUILDERS: Mapping[str, Builder] = {
     "linear": linear,
 }
 """What can take a module's place, by the name that plans use."""
-
-EXPLICIT = "explicit"
-"""The builder that keeps a module and its weights, and lets it state its own sizes."""
 
 
 def replace(model: nn.Module, replacements: Iterable[Replacement]) -> Callable[[], None]:
