@@ -1,0 +1,295 @@
+"""Files of pruned models: bit for bit there and back, and every file that is not one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.more_nets import TiedEmbeddingNet
+from tests.nets import BatchNormVGG, BufferScaleNet, ConcatNet, FrozenNet, Net
+from tests.oracle import call, outputs, randomise
+from thinet import checkpoint
+from thinet.checkpoint import KEY, load, load_plan, save
+from thinet.cut import apply_to_copy
+from thinet.errors import CheckpointError
+from thinet.plan import Plan
+from thinet.trace.analyse import analyse
+from thinet.trace.planning import make_plan
+
+
+def pruned(cls: type[Net] = BatchNormVGG, dtype: torch.dtype = torch.float32) -> Any:
+    """A cut model, its plan and its inputs."""
+    return copy.deepcopy(_pruned(cls, dtype))
+
+
+@functools.cache
+def _pruned(cls: type[Net], dtype: torch.dtype) -> Any:
+    model = randomise(cls()).eval().to(dtype)
+    inputs = model.example()
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    analysis = analyse(model, inputs)
+    keep = {
+        g.name: list(range(0, g.channels, 2))
+        for g in analysis.groups
+        if g.locked is None and g.channels > 1
+    }
+    assert keep
+    plan = make_plan(analysis, model, keep)
+    return apply_to_copy(model, plan), plan, inputs
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    small, plan, _ = pruned()
+    return save(tmp_path / "small.safetensors", small, plan)
+
+
+# --- there and back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls", [BatchNormVGG, BufferScaleNet, ConcatNet, FrozenNet, TiedEmbeddingNet]
+)
+def test_a_file_gives_the_same_model_back(cls: type[Net], tmp_path: Path) -> None:
+    small, plan, inputs = pruned(cls)
+    path = save(tmp_path / "small.safetensors", small, plan)
+    dense = cls()
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    found = load(path, dense).eval()
+    ours, theirs = found.state_dict(), small.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
+    frozen = {n for n, p in small.named_parameters() if not p.requires_grad}
+    assert {n for n, p in found.named_parameters() if not p.requires_grad} == frozen
+    with torch.no_grad():
+        assert all(map(torch.equal, outputs(found, inputs), outputs(small, inputs)))
+    assert all(torch.equal(before[n], t) for n, t in dense.state_dict().items())
+    assert load_plan(path) == plan
+
+
+def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
+    small, plan, _ = pruned(TiedEmbeddingNet)
+    path = save(tmp_path / "small.safetensors", small, plan)
+    tied = {n for n, _ in small.named_parameters(remove_duplicate=False)} - {
+        n for n, _ in small.named_parameters()
+    }
+    assert tied and not tied & load_file(path).keys()
+    found = load(path, TiedEmbeddingNet())
+    both = [p for _, p in found.named_parameters(remove_duplicate=False)]
+    assert len({id(p) for p in both}) == len(both) - len(tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_file_says_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    small, plan, _ = pruned(dtype=dtype)
+    found = load(save(tmp_path / "s.safetensors", small, plan), BatchNormVGG())
+    for name, tensor in small.state_dict().items():
+        assert found.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(found.state_dict()[name], tensor)
+    found = load(tmp_path / "s.safetensors", BatchNormVGG().half())
+    assert found.features[0].weight.dtype == dtype
+
+
+def test_the_dense_model_may_have_no_data_or_other_memory(tmp_path: Path) -> None:
+    small, plan, inputs = pruned()
+    path = save(tmp_path / "small.safetensors", small.to(memory_format=torch.channels_last), plan)
+    with torch.device("meta"):
+        empty = BatchNormVGG()
+    last = BatchNormVGG().to(memory_format=torch.channels_last)
+    for dense in (empty, last):
+        found = load(path, dense).eval()
+        with torch.no_grad():
+            assert torch.allclose(call(found, inputs), call(small, inputs), atol=1e-6)
+    assert next(empty.parameters()).is_meta
+    assert found.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tensors_that_share_memory_without_being_tied_are_written_whole(tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            pool = torch.arange(6.0)
+            self.register_buffer("left", pool[:4])
+            self.register_buffer("right", pool[2:])
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + self.left * self.right)
+
+    path = save(tmp_path / "flat.safetensors", Flat(), Plan())
+    found = load(path, Flat())
+    assert found.left.tolist() == [0, 1, 2, 3] and found.right.tolist() == [2, 3, 4, 5]
+
+
+def test_a_fresh_process_loads_it_and_gives_the_same(tmp_path: Path) -> None:
+    small, plan, inputs = pruned()
+    path = save(tmp_path / "small.safetensors", small, plan)
+    torch.save(inputs, tmp_path / "x.pt")
+    code = f"""
+import torch, thinet
+from tests.nets import BatchNormVGG
+model = thinet.load({str(path)!r}, BatchNormVGG()).eval()
+with torch.no_grad():
+    y = model(torch.load({str(tmp_path / "x.pt")!r}, weights_only=True))
+torch.save(y, {str(tmp_path / "y.pt")!r})
+"""
+    root = Path(__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    with torch.no_grad():
+        expected = small(inputs)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), expected)
+
+
+def test_the_file_is_plain_safetensors_with_the_plan_as_json(written: Path) -> None:
+    with safe_open(written, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata[KEY])["format"] == 1
+    assert written.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_existing_file_is_replaced_and_nothing_else_is_left(written: Path) -> None:
+    small, plan, _ = pruned()
+    with torch.no_grad():
+        next(small.parameters()).fill_(7)
+    save(str(written), small, plan)
+    assert next(load(written, BatchNormVGG()).parameters()).eq(7).all()
+    assert [p.name for p in written.parent.iterdir()] == ["small.safetensors"]
+
+
+# --- what cannot be written -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
+def test_a_write_that_stops_leaves_the_old_file(
+    error: type[BaseException], written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = written.read_bytes()
+
+    def half(tensors: Any, path: str, metadata: Any) -> None:
+        Path(path).write_bytes(old[: len(old) // 2])
+        raise error("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    small, plan, _ = pruned()
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else CheckpointError
+    with pytest.raises(expected, match="no space left"):
+        save(written, small, plan)
+    assert written.read_bytes() == old
+    assert [p.name for p in written.parent.iterdir()] == ["small.safetensors"]
+
+
+def test_folders_that_cannot_be_written_are_named(written: Path) -> None:
+    small, plan, _ = pruned()
+    with pytest.raises(CheckpointError, match=r"cannot write into the folder .*missing \(No such"):
+        save(written.parent / "missing" / "a.safetensors", small, plan)
+    with pytest.raises(CheckpointError, match=r"small.safetensors \(Not a directory\); make it"):
+        save(written / "a.safetensors", small, plan)
+    (written.parent / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*folder: .*[Dd]irectory"):
+        save(written.parent / "folder", small, plan)
+    assert sorted(p.name for p in written.parent.iterdir()) == ["folder", "small.safetensors"]
+
+
+def test_a_plan_of_another_model_is_not_written(tmp_path: Path) -> None:
+    small, plan, _ = pruned()
+    text = r"the plan keeps 3 entries of features.0.weight along dimension 0, the model has 6"
+    with pytest.raises(CheckpointError, match=text):
+        save(tmp_path / "a.safetensors", BatchNormVGG(), plan)
+    with pytest.raises(CheckpointError, match=r"features.0.weight .* the model has None"):
+        save(tmp_path / "a.safetensors", nn.Linear(2, 2), plan)
+    odd = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, {"criterion": object()})
+    with pytest.raises(CheckpointError, match="the plan's settings cannot be written as JSON"):
+        save(tmp_path / "a.safetensors", small, odd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"epoch": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    with pytest.raises(CheckpointError, match="_extra_state of the model is state that is no tens"):
+        save(tmp_path / "a.safetensors", Extra(2, 2), Plan())
+    assert not list(tmp_path.iterdir())
+
+
+# --- what cannot be read --------------------------------------------------------------------
+
+
+def refused(path: Path, text: str, dense: nn.Module | None = None) -> None:
+    dense = BatchNormVGG() if dense is None else dense
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    with pytest.raises(CheckpointError, match=text):
+        load(path, dense)
+    assert all(torch.equal(before[n], t) for n, t in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(share: float, written: Path) -> None:
+    data = written.read_bytes()
+    written.write_bytes(data[: int(len(data) * share)])
+    refused(written, r"small.safetensors is not a whole safetensors file \(.*\); thinet reads no")
+
+
+def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
+    refused(tmp_path / "none.safetensors", "there is no file .*none.safetensors")
+    refused(tmp_path, "there is no file|is not a whole safetensors file")
+    with (tmp_path / "p.safetensors").open("wb") as file:
+        pickle.dump({"a": 1}, file)
+    refused(tmp_path / "p.safetensors", "is not a whole safetensors file")
+    torch.save(BatchNormVGG().state_dict(), tmp_path / "p.pt")
+    refused(tmp_path / "p.pt", "is not a whole safetensors file")
+
+
+def test_files_without_a_plan_or_with_a_bad_one(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", {"w": torch.ones(2)}
+    save_file(tensors, path)
+    refused(path, "a.safetensors holds no plan; it was not written by thinet.save")
+    save_file(tensors, path, metadata={KEY: "{"})
+    refused(path, "the plan in .*a.safetensors is not JSON")
+    save_file(tensors, path, metadata={KEY: "[]"})
+    refused(path, "a.safetensors: this is not a thinet plan")
+    newer = json.dumps(Plan().to_json() | {"format": 9})
+    save_file(tensors, path, metadata={KEY: newer})
+    refused(path, "a.safetensors: the plan has format 9, this version of thinet reads format 1")
+
+
+def test_the_wrong_model_is_named(written: Path) -> None:
+    refused(written, "which this Linear does not have; give the dense model", nn.Linear(2, 2))
+    small, _, _ = pruned()
+    refused(
+        written, "but it has only 3; give the dense model that the plan was made for, uncut", small
+    )
+    wider = BatchNormVGG()
+    wider.classifier[5] = nn.Linear(7, 9)
+    refused(written, r"classifier.5.weight is \(4, 4\) in the file and \(9, 4\) in the cut", wider)
+
+
+def test_wrong_names_are_listed(written: Path) -> None:
+    _, plan, _ = pruned()
+    tensors = load_file(written)
+    tensors["head.weight"] = tensors.pop("classifier.5.weight")
+    save_file(tensors, written, metadata={KEY: json.dumps(plan.to_json())})
+    refused(
+        written,
+        "does not fit this BatchNormVGG: it lacks classifier.5.weight and has head.weight too many",
+    )
+    assert load_plan(written) == plan
