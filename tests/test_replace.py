@@ -116,9 +116,7 @@ def test_a_head_of_other_outputs_cannot_be_fitted() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)[:, :, None]
 
-    with pytest.raises(
-        CalibrationError, match=r"the network gives \(32, 5, 1\)"
-    ):
+    with pytest.raises(CalibrationError, match=r"the network gives \(32, 5, 1\)"):
         with_replaced(Maps(), HEAD, [images()])
 
 
