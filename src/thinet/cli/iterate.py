@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -115,13 +115,14 @@ def iterate(
         check_output(report, force=force, suffixes=REPORTS)
     folder = state or out.with_name(out.name + ".run")
     check_folder(folder.parent)
-    asked = options.strategy(recipe, macs, params, keep, only, skip)
+    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
     config = FinetuneConfig(weight_decay=weight_decay, mixed_precision=precision, seed=seed)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     if recipe is not None:  # whether it fits is known before any image is read
-        asked = {"recipe": resolve(recipe, named.model, inputs, keep=keep)}
+        asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
+        del asked["keep"]
     before = count(named.model, inputs)
     console.keeps(f"the run's state is kept in {folder}; the same command goes on from there")
     with console.progress() as told:

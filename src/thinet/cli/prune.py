@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,12 +99,13 @@ def prune(
     if report is not None:
         check_output(report, force=force, suffixes=REPORTS)
 
-    asked = options.strategy(recipe, macs, params, keep, only, skip)
+    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     if recipe is not None:  # whether it fits is known before any image is read
-        asked = {"recipe": resolve(recipe, named.model, inputs, keep=keep)}
+        asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
+        del asked["keep"]
     before = after = None
     with console.progress() as told:
         held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
