@@ -98,7 +98,11 @@ def test_a_cost_is_met_within_one_percent_or_the_nearest_is_said(
         said = str(error)
     if said:
         nearest = macs_of(list(found.values())) / full if found else least
-        assert abs(nearest - fraction) > (WITHIN if found else WITHIN * fraction)
+        assert (
+            nearest - fraction > WITHIN * fraction
+            if not found
+            else abs(nearest - fraction) > WITHIN
+        )
         assert f"{kind}={fraction:g} cannot be met" in said and f"{nearest:.4f}" in said
         return
     counts = counted(model, analysis, found)
@@ -109,26 +113,36 @@ def test_a_cost_is_met_within_one_percent_or_the_nearest_is_said(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(2, 12), min_size=1, max_size=3), st.floats(0.05, 0.99))
-def test_no_single_channel_more_would_fit(widths: list[int], fraction: float) -> None:
+@given(st.lists(st.integers(12, 40), min_size=1, max_size=3), st.floats(0.1, 0.99))
+def test_no_group_is_far_from_the_largest_common_fraction_that_fits(
+    widths: list[int], fraction: float
+) -> None:
     analysis, groups = analysed(chain(*widths))
-    try:
-        found = uniform_widths(Budget(macs=fraction), groups, analysis.costs)
-    except BudgetError:
-        assert macs_of([1] * len(widths)) > fraction * macs_of(widths)
-        return
+    found = list(uniform_widths(Budget(macs=fraction), groups, analysis.costs).values())
     target = fraction * macs_of(widths)
-    chosen = list(found.values())
-    if macs_of(chosen) > target:
-        assert chosen == [1] * len(widths)
-        return
-    # By brute force: the largest common fraction that fits is below what was found everywhere.
-    fits = [
-        [max(1, int(c * k / n + 1e-9)) for c in widths] for n in widths for k in range(1, n + 1)
-    ]
+    fits = [[max(1, c * k // n) for c in widths] for n in widths for k in range(1, n + 1)]
     best = max((w for w in fits if macs_of(w) <= target), default=[1] * len(widths))
-    assert all(a >= b for a, b in zip(chosen, best, strict=True))
-    assert all(a - b <= 1 for a, b in zip(chosen, best, strict=True))
+    assert all(abs(a - b) <= 2 for a, b in zip(found, best, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 7), min_size=1, max_size=2), st.floats(0.05, 0.99))
+def test_small_networks_get_as_near_as_single_trades_can(
+    widths: list[int], fraction: float
+) -> None:
+    """Against brute force: with one group the nearest width there is, with two within one trade."""
+    analysis, groups = analysed(chain(*widths))
+    full = macs_of(widths)
+    try:
+        found = list(uniform_widths(Budget(macs=fraction), groups, analysis.costs).values())
+    except BudgetError:
+        assert macs_of([1] * len(widths)) > fraction * full * (1 + WITHIN)
+        return
+    gap = abs(macs_of(found) / full - fraction)
+    every = list(itertools.product(*(range(1, c + 1) for c in widths)))
+    near = [w for w in every if max(abs(a - b) for a, b in zip(w, found, strict=True)) <= 1]
+    best = min(abs(macs_of(list(w)) / full - fraction) for w in near)
+    assert gap <= max(best, WITHIN) + 1e-12
 
 
 @settings(max_examples=20, deadline=None)
@@ -142,19 +156,23 @@ def test_more_budget_never_costs_less(widths: list[int]) -> None:
         except BudgetError:
             continue
         costs.append(macs_of(list(found.values())))
-    assert costs == sorted(costs)
+    slack = WITHIN * macs_of(widths)
+    assert all(a <= b + slack for a, b in itertools.pairwise(costs))
     assert costs[-1] == macs_of(widths)
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.4), Budget(params=0.4), Budget(keep=0.4)])
-def test_the_costs_of_the_report_are_those_of_the_model_that_comes_back(budget: Budget) -> None:
+@pytest.mark.parametrize("widths", ["uniform", "error"])
+def test_the_costs_of_the_report_are_those_of_the_model_that_comes_back(
+    budget: Budget, widths: Any
+) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 40, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(40 * 16, 20), nn.ReLU(), nn.Linear(20, 5),
     )  # fmt: skip
     images = torch.randn(8, 3, 8, 8)
-    result = thinet.prune(model, images[:1], [images], budget=budget, widths="uniform")
+    result = thinet.prune(model, images[:1], [images], budget=budget, widths=widths)
     before, after = (thinet.count(m, images[:1]) for m in (model, result.model))
     report = result.report
     assert (report.macs_before, report.params_before) == (before.macs, before.params)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from thinet.budget import WITHIN, Budget, check_reached
+from thinet.budget import WITHIN, Budget, check_reached, nearer_widths
 from thinet.errors import BudgetError, OptionError
 from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
@@ -88,6 +88,7 @@ def error_widths(
             divisor, least = 1, 1
             continue
         if divisor == 1 or measure(widths) >= target - WITHIN * full:
+            widths = nearer_widths(widths, groups, measure, target, WITHIN * full)
             check_reached(budget, {budget.kind: measure(widths) / full})
             return widths
         divisor //= 2

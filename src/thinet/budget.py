@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from thinet.errors import BudgetError
 from thinet.trace.groups import Costs
@@ -79,7 +80,8 @@ def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs)
     """How many units stay in each group, the same fraction everywhere (as the paper).
 
     A budget of costs is met by search: the largest common fraction that fits, then single units
-    where they still fit, in the order in which rounding down took most from them.
+    where they still fit, in the order in which rounding down took most from them. Where that is
+    more than 1 % off, single units are traded.
 
     Args:
         groups: those that may be cut.
@@ -113,7 +115,8 @@ def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs)
         else:
             high = middle - 1
     widths = _kept(groups, steps[low])
-    return _fill(widths, groups, steps[min(low + 1, len(steps) - 1)], measure, target)
+    widths = _fill(widths, groups, steps[min(low + 1, len(steps) - 1)], measure, target)
+    return nearer_widths(widths, groups, measure, target, WITHIN * full)
 
 
 def _kept(groups: Sequence[ChannelGroup], fraction: float) -> dict[str, int]:
@@ -144,6 +147,38 @@ def _fill(
         if more[group.name] <= group.channels and measure(more) <= target:
             widths = more
     return widths
+
+
+def nearer_widths(
+    widths: dict[str, int],
+    groups: Sequence[ChannelGroup],
+    measure: Callable[[Mapping[str, int]], int],
+    target: float,
+    within: float,
+) -> dict[str, int]:
+    """Trade single units, of one group or between two, while the cost is further off than `within`.
+
+    In small networks a single unit can cost more than what is left to give back.
+    """
+    gap = abs(measure(widths) - target)
+    while gap > within:
+        tried = list(_traded(widths, groups))
+        gaps = [abs(measure(w) - target) for w in tried]
+        if not gaps or min(gaps) >= gap:
+            break
+        gap = min(gaps)
+        widths = tried[gaps.index(gap)]
+    return widths
+
+
+def _traded(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> Iterator[dict[str, int]]:
+    """All widths that differ by one unit in one group or in two."""
+    single = [(g, step) for g in groups for step in (1, -1)]
+    pairs = (pair for pair in combinations(single, 2) if pair[0][0] is not pair[1][0])
+    for moves in (*((move,) for move in single), *pairs):
+        tried = {**widths, **{g.name: widths[g.name] + step for g, step in moves}}
+        if all(1 <= tried[g.name] <= g.channels for g, _ in moves):
+            yield tried
 
 
 def check_reached(budget: Budget, reached: Mapping[str, float]) -> None:

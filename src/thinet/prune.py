@@ -146,7 +146,8 @@ def prune(
         only = _named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
     kept = uniform_widths(budget, groups, analysis.costs)
-    _check_cost(budget, analysis, kept)
+    if not by_error:
+        _check_cost(budget, analysis, kept)
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device)
     batches = [inputs for inputs, _ in pairs]
@@ -362,9 +363,7 @@ def _orders(
         if by_error and criterion.name == "block-obs" and order.errors is not None:
             curves[group.name] = order.errors
         elif by_error and stats.has("hessians"):
-            curves[group.name] = group_refit_errors(
-                stats.consumers, order.removed, name=group.name
-            )
+            curves[group.name] = group_refit_errors(stats.consumers, order.removed, name=group.name)
     if groups and len(notes) == len(groups):
         raise CalibrationError(
             f"criterion {criterion.name!r} can judge none of the chosen groups; choose another "
