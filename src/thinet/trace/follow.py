@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from thinet.trace.groups import Analysis, Followed
 from thinet.trace.labels import Vector
 
-TRIES = 24
-"""At most so many attributes are tried for one operation that does not follow."""
+NEAR = 4
+"""How many operations on from the one that does not follow an attribute's axis is looked for."""
 
 
 Where = tuple[str, int, int, int]
@@ -42,8 +42,8 @@ class Guess:
     where: Where
 
 
-def guesses(analysis: Analysis, model: nn.Module, module: str) -> list[Guess]:
-    """What might count the channels that the operations of a module work on."""
+def guesses(analysis: Analysis, model: nn.Module, module: str, index: int) -> list[Guess]:
+    """What might count the channels that a module's operations work on from number `index` on."""
     found: list[Guess] = []
     axes = _axes(analysis, module)
     taken = {(f.module, f.attribute, f.place): f.labels for f in analysis.followed}
@@ -52,15 +52,17 @@ def guesses(analysis: Analysis, model: nn.Module, module: str) -> list[Guess]:
         holder = model.get_submodule(owner)
         for attribute, place, value in integers(holder):
             met: set[bytes] = set()
-            for where, labels in axes.items():
+            for where, (number, labels) in axes.items():
                 if len(labels) != value or labels is taken.get((owner, attribute, place)):
+                    continue
+                if not index <= number < index + NEAR:
                     continue
                 roots = analysis.labeller.classes.find(labels).tobytes()
                 if roots not in met:
                     met.add(roots)
                     found.append(Guess(type(holder), attribute, place, inside, where))
         if not owner:
-            return found[:TRIES]
+            return found
         owner, _, last = owner.rpartition(".")
         inside = f"{last}.{inside}" if inside else last
 
@@ -87,8 +89,8 @@ def assume(analysis: Analysis, model: nn.Module, chosen: Sequence[Guess]) -> Ana
                 continue
             value = {(n, p): v for n, p, v in integers(module)}.get((guess.attribute, guess.place))
             inside = ".".join(part for part in (path, guess.inside) if part)
-            labels = _axes(analysis, inside).get(guess.where)
-            if value is not None and labels is not None and len(labels) == value:
+            _, labels = _axes(analysis, inside).get(guess.where, (0, ()))
+            if value is not None and isinstance(labels, np.ndarray) and len(labels) == value:
                 key = path, guess.attribute, guess.place
                 known[key] = Followed(*key, labels)
     return replace(analysis, followed=tuple(known.values()))
@@ -106,14 +108,17 @@ def bare_norms(analysis: Analysis, model: nn.Module) -> Analysis:
         axes = _axes(analysis, path).values()
         for attribute, place, value in integers(module):
             if attribute in ("num_features", "num_channels", "normalized_shape"):
-                for labels in (a for a in axes if len(a) == value):
+                for labels in (a for _, a in axes if len(a) == value):
                     key = path, attribute, place
                     known.setdefault(key, Followed(*key, labels))
     return replace(analysis, followed=tuple(known.values()))
 
 
-def _axes(analysis: Analysis, module: str) -> dict[Where, Vector]:
-    """Axes of the module's own operations that may lose entries, by where they are."""
+def _axes(analysis: Analysis, module: str) -> dict[Where, tuple[int, Vector]]:
+    """Axes of the module's own operations that may lose entries, by where they are.
+
+    Each with the number of its operation, those of the training forward after the others.
+    """
     if module in analysis.axes:
         return analysis.axes[module]
     labeller = analysis.labeller
@@ -121,8 +126,9 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, Vector]:
     for group in analysis.groups:
         if group.locked is None:
             free[analysis.roots[group.name]] = True
-    found: dict[Where, Vector] = {}
+    found: dict[Where, tuple[int, Vector]] = {}
     for walk in (labeller, analysis.training):
+        first = 0 if walk is labeller else len(labeller.program.ops)
         times: Counter[str] = Counter()
         for op in walk.program.ops if walk is not None else ():
             if op.module != module:
@@ -132,6 +138,7 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, Vector]:
                 for dim, axis in enumerate(walk.of(value)):  # type: ignore[union-attr]
                     if isinstance(axis, np.ndarray) and len(axis) > 1:
                         if free[labeller.classes.find(axis)].any():
-                            found.setdefault((op.name, times[op.name], number, dim), axis)
+                            where = op.name, times[op.name], number, dim
+                            found.setdefault(where, (first + op.index, axis))
     analysis.axes[module] = found
     return found

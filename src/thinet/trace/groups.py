@@ -107,7 +107,7 @@ class Analysis:
     slots: tuple[Slot, ...]
     costs: Costs
     followed: tuple[Followed, ...] = ()
-    axes: dict[str, dict[tuple[str, int, int, int], Vector]] = field(default_factory=dict, repr=False)
+    axes: dict[str, dict[tuple[str, int, int, int], tuple[int, Vector]]] = field(default_factory=dict, repr=False)
 
     def group(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)

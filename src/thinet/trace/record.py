@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,9 +66,17 @@ class Op:
         return f"{self.name} in {self.module or 'the model itself'}"
 
     def inputs(self) -> list[Value]:
-        return values_of((self.args, self.kwargs))
+        return self._inputs
 
     def outputs(self) -> list[Value]:
+        return self._outputs
+
+    @cached_property
+    def _inputs(self) -> list[Value]:
+        return values_of((self.args, self.kwargs))
+
+    @cached_property
+    def _outputs(self) -> list[Value]:
         return values_of(self.result)
 
 
@@ -101,7 +111,18 @@ class Program:
 
 def values_of(tree: Any) -> list[Value]:
     """The values in a nest of arguments, in order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Value)]
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Value)]
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """What a nest of tuples, lists and dicts holds, in order."""
+    if type(tree) in (tuple, list):
+        return [leaf for branch in tree for leaf in leaves_of(branch)]
+    if type(tree) is dict:
+        return [leaf for branch in tree.values() for leaf in leaves_of(branch)]
+    if isinstance(tree, (tuple, list, dict)):
+        return tree_flatten(tree)[0]
+    return [tree]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -129,6 +150,37 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             "is given, so copy.deepcopy(model) must work: remove what blocks it (open files, "
             "generators, non-leaf tensors kept as attributes)"
         ) from error
+
+
+def meta_twin(replica: nn.Module) -> nn.Module:
+    """A copy of a model without data that shares its tensors; quicker than `copied`."""
+    modules = list(replica.modules())
+    if not all(t.is_meta for t in replica.state_dict(keep_vars=True).values()) or any(
+        hasattr(type(m), "__deepcopy__") for m in modules
+    ):
+        return copied(replica)
+    memo: dict[int, Any] = {id(m): type(m).__new__(type(m)) for m in modules}
+    for module in modules:
+        for store in (module._parameters, module._buffers):
+            memo.update({id(t): t for t in store.values() if t is not None})
+    for module in modules:
+        twin = memo[id(module)]
+        for name, value in module.__dict__.items():
+            if isinstance(value, SIMPLE):
+                made = value
+            elif name in ("_parameters", "_buffers"):
+                made = type(value)(value)
+            elif name == "_modules":
+                made = type(value)({k: m if m is None else memo[id(m)] for k, m in value.items()})
+            elif not value and type(value) in (dict, OrderedDict):
+                made = type(value)()
+            else:
+                made = copy.deepcopy(value, memo)
+            twin.__dict__[name] = made
+    return memo[id(replica)]
+
+
+SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,7 +220,16 @@ class _Recorder(TorchDispatchMode):
         return self.values[key]
 
     def abstract(self, tree: Any) -> Any:
-        return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
+        """The nest of arguments with values in place of tensors."""
+        if isinstance(tree, torch.Tensor):
+            return self.value(tree)
+        if type(tree) in (tuple, list):
+            return type(tree)([self.abstract(branch) for branch in tree])
+        if type(tree) is dict:
+            return {key: self.abstract(branch) for key, branch in tree.items()}
+        if isinstance(tree, (tuple, list, dict)):
+            return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
+        return tree
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from thinet.surgery.apply import apply_plan
-from thinet.trace.follow import Guess, assume, bare_norms, guesses
+from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
@@ -26,7 +26,8 @@ from thinet.trace.record import (
     Program,
     StoppedError,
     Value,
-    copied,
+    leaves_of,
+    meta_twin,
     record_replica,
 )
 from thinet.trace.rules import RULES
@@ -99,7 +100,7 @@ def probe(
     for walk in (analysis.labeller, analysis.training):
         if walk is None:
             continue
-        replica = copied(pristine)
+        replica = meta_twin(pristine)
         apply_plan(replica, plan)
         stopped: StoppedError | None = None
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
@@ -233,7 +234,7 @@ def _axis(
 
 def _numbers(op: Op, labeller: Labeller) -> list[float]:
     """The numbers among an operation's arguments that a cut must not change."""
-    leaves = tree_flatten((op.args, op.kwargs))[0]
+    leaves = leaves_of((op.args, op.kwargs))
     numbers = [x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)]
     follows = op.name in SIZES
     if op.name == "aten.slice":
@@ -268,19 +269,21 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
 
     Units go from all groups together: one each, then different numbers from neighbours, then
     random numbers from a random half of the groups. Along an axis that an operation counts along,
-    errors can cancel or show for some units only: there any two groups are also tried one without
-    the other, by their first, their last and by random units. Where a try fails and no attribute
+    errors can show for some units only or cancel: there the first, the last and random units are
+    also tried, and any two groups one without the other. Where a try fails and no attribute
     helps, the groups at the failing operation are tried alone.
     """
     analysis = bare_norms(analysis, pristine)
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
     counted = _counted_along(analysis.labeller, analysis)
-    parted = [
-        _part(counted, bit, value, units)
-        for bit in range(len(counted).bit_length())
+    units = ("first", "last", "half", "half")
+    bits = max(counted.values(), default=0).bit_length()
+    parted = [_part(set(counted), each) for each in units if counted] + [
+        _part({name for name, n in counted.items() if (n >> bit) & 1 == value}, each)
+        for bit in range(bits)
         for value in (0, 1)
-        for units in ("first", "last", "half", "half")
+        for each in units
     ]
     refused: list[tuple[ChannelGroup, Mismatch]] = []
     hopeless: set[tuple[type[nn.Module], str]] = set()
@@ -300,8 +303,8 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
                     continue
                 hopeless.add(kind)
             for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
-                del suspects[group.name]
-                refused.append((group, found))
+                for name in [group.name, *_twins(pristine, group, found.module, suspects)]:
+                    refused.append((suspects.pop(name), found))
     return Checked(analysis, tuple(refused))
 
 
@@ -319,7 +322,7 @@ def learn(
         found = probe(assumed, pristine, inputs, keep)
         return assumed if found is None or found.index > mismatch.index else None
 
-    options = guesses(analysis, pristine, mismatch.module)
+    options = guesses(analysis, pristine, mismatch.module, mismatch.index)
     for guess in options:
         if (better := progress([guess])) is not None:
             return better
@@ -351,9 +354,8 @@ def _random(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[st
     return {g.name: _without(g, int(rng.integers(1, g.channels)), rng) for g in half}
 
 
-def _part(names: Sequence[str], bit: int, value: int, units: str) -> Draw:
-    """Every other group, or pair, or four...: some of these draws part any two groups."""
-    chosen = {name for n, name in enumerate(names) if (n >> bit) & 1 == value}
+def _part(chosen: set[str], units: str) -> Draw:
+    """Units of some groups only."""
 
     def draw(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:
         picked = [g for g in groups if g.name in chosen]
@@ -370,21 +372,25 @@ BY_NUMBER = frozenset(
 )
 
 
-def _counted_along(labeller: Labeller, analysis: Analysis) -> list[str]:
-    """Groups on an axis that an operation counts along."""
+def _counted_along(labeller: Labeller, analysis: Analysis) -> dict[str, int]:
+    """Groups on an axis that an operation counts along, numbered so that two on one axis differ."""
     owner = np.full(labeller.classes.count, -1, dtype=np.int64)
     for number, group in enumerate(analysis.groups):
         owner[analysis.roots[group.name]] = number
-    found: set[int] = set()
+    together: set[tuple[int, ...]] = set()
     for op in labeller.program.ops:
         if op.name in BY_NUMBER:
             for before, axis in enumerate(labeller.of(op.args[0])):
                 same = [labeller.of(out)[before : before + 1] for out in op.outputs()]
                 passed = all(len(a) == 1 and a[0] is axis for a in same)
                 if isinstance(axis, np.ndarray) and not passed:
-                    met = np.unique(owner[labeller.classes.find(axis)]).tolist()
-                    found.update(met)
-    return [g.name for number, g in enumerate(analysis.groups) if number in found]
+                    met = np.unique(owner[labeller.classes.find(axis)])
+                    together.add(tuple(met[met >= 0].tolist()))
+    numbers: dict[int, int] = {}
+    for group in sorted({g for met in together for g in met}):
+        near = {numbers.get(other, -1) for met in together if group in met for other in met}
+        numbers[group] = next(n for n in range(len(near) + 1) if n not in near)
+    return {analysis.groups[group].name: n for group, n in numbers.items()}
 
 
 def _without(group: ChannelGroup, count: int, rng: np.random.Generator) -> list[int]:
@@ -415,6 +421,42 @@ def _culprits(
     if alone:
         return alone
     return _halve(analysis, pristine, inputs, keep, near, mismatch)
+
+
+def _twins(
+    model: nn.Module, group: ChannelGroup, module: str, suspects: Mapping[str, ChannelGroup]
+) -> list[str]:
+    """Groups that touch the same parameters of a module with the same class and numbers."""
+
+    def inside(other: ChannelGroup, path: str) -> frozenset[tuple[str, int]]:
+        cut = len(path) + 1 if path else 0
+        return frozenset(
+            (m.parameter[cut:], m.dim) for m in other.members if m.parameter.startswith(path)
+        )
+
+    first = model.get_submodule(module)
+    numbers, touched = sorted(integers(first), key=str), inside(group, module)
+    if not module or len(touched) < len(group.members):
+        return []
+    by_module: dict[str, list[ChannelGroup]] = {}
+    for other in suspects.values():
+        for path in _holders(other.members[0].parameter):
+            by_module.setdefault(path, []).append(other)
+    return [
+        other.name
+        for path, holder in model.named_modules()
+        if type(holder) is type(first) and path != module and path in by_module
+        if sorted(integers(holder), key=str) == numbers
+        for other in by_module[path]
+        if other.channels == group.channels and len(other.members) == len(group.members)
+        if inside(other, path) == touched
+    ]
+
+
+def _holders(parameter: str) -> list[str]:
+    """The dotted paths of all modules that a parameter lies in."""
+    parts = parameter.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def _halve(
