@@ -6,9 +6,10 @@ One row a model: seconds to find the groups, groups and locked groups, the share
 multiply-adds in groups that can be cut, and the outcome of cutting three random groups to half of
 their channels: the cut model against the original with the same channels silenced (tests/oracle.py,
 randomised weights, float32, decided in float64 where float32 disagrees). `--compare` does the same
-with Torch-Pruning 1.6.1. Rows are appended to the JSON-lines file; a model already there is not
-run again, so that a run that was stopped goes on. Seconds are processor seconds, so that other work
-on the machine does not count; with `--threads 1` they are what a clock shows on an idle machine.
+with Torch-Pruning 1.6.1. Rows are appended to the JSON-lines file; a model already there is not run again
+unless it failed, so that a run that was stopped goes on. Seconds are processor seconds, so that
+other work on the machine does not count; with one thread they are what a clock shows on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -252,8 +253,9 @@ def main() -> int:
     if options.json and options.json.exists():
         rows = [json.loads(text) for text in options.json.read_text().splitlines()]
         rows = [r for r in rows if r["suite"] == options.suite and r["model"] in names]
-    known = {r["model"] for r in rows if "torch_pruning" in r or not options.compare}
-    rows = [r for r in rows if r["model"] in known]
+    whole = {r["model"]: r for r in rows if "torch_pruning" in r or not options.compare}
+    known = {name: row for name, row in whole.items() if "error" not in row}
+    rows = list(known.values())
     runner = Runner(options.timeout, options.threads)
     for i, name in enumerate(names):
         if name in known:
