@@ -212,6 +212,8 @@ def test_a_plan_of_another_model_is_not_written(tmp_path: Path) -> None:
         save(tmp_path / "a.safetensors", BatchNormVGG(), plan)
     with pytest.raises(CheckpointError, match=r"features.0.weight .* the model has None"):
         save(tmp_path / "a.safetensors", nn.Linear(2, 2), plan)
+    with pytest.raises(CheckpointError, match="needs the plan that made the model.*; got None"):
+        save(tmp_path / "a.safetensors", small, None)  # type: ignore[arg-type]
     odd = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, {"criterion": object()})
     with pytest.raises(CheckpointError, match="the plan's settings cannot be written as JSON"):
         save(tmp_path / "a.safetensors", small, odd)

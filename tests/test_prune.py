@@ -190,8 +190,8 @@ def test_patterns_choose_groups(only: Any, skip: Any, cut: set[str]) -> None:
             LockedGroupError,
             "nothing can be cut:\n  head: it is an output of the model",
         ),
-        ("stem", "stem", LockedGroupError, "nothing can be cut; no group is chosen"),
-        ([], None, LockedGroupError, "nothing can be cut; no group is chosen"),
+        ("stem", "stem", LockedGroupError, "nothing can be cut; none of the 4 groups is chosen"),
+        ([], None, LockedGroupError, "nothing can be cut; none of the 4 groups is chosen"),
         (3, None, OptionError, "only and skip are glob patterns, one or several strings; got 3"),
         ([3], None, OptionError, r"one or several strings; got \[3\]"),
     ],
@@ -291,6 +291,17 @@ def test_calibration_is_left_as_it_was_and_may_be_a_generator() -> None:
     assert equal(listed.model, drawn.model)
 
 
+def test_inference_mode_is_refused_and_images_made_in_it_are_not() -> None:
+    net = model()
+    with torch.inference_mode():
+        x = images() * 1
+        with pytest.raises(TraceError, match=r"cannot be traced inside torch.inference_mode\(\)"):
+            pruned(net)
+        with pytest.raises(TraceError, match="leave that block"):
+            thinet.find_groups(net, x)
+    assert equal(pruned(net, [x]).model, pruned(net, [images()]).model)
+
+
 def test_half_precision_stays_what_it_is() -> None:
     net = model().to(torch.bfloat16)
     x = images().bfloat16()
@@ -322,6 +333,27 @@ def test_half_precision_stays_what_it_is() -> None:
         ),
         ({"seed": -1}, OptionError, r"seed is a whole number from 0 to 2\^32 - 1; got -1"),
         ({"seed": 0.5}, OptionError, "got 0.5"),
+        ({"divisor": 0}, OptionError, "divisor is a whole number from 1; got 0"),
+        ({"least": "2"}, OptionError, "least is a whole number from 1; got '2'"),
+        ({"rows": 100}, OptionError, "rows is a thinet.calibrate.collect.Rows; got 100"),
+        (
+            {"repair_settings": {"ridge": 1}},
+            OptionError,
+            "repair_settings is a thinet.repair.Repair",
+        ),
+        ({"net": Tiny}, OptionError, "the model is a type; give the torch.nn.Module in Python"),
+        ({"net": torch.compile(Tiny(), backend="eager")}, OptionError, "prune model._orig_mod and"),
+        ({"net": Tiny().to("meta")}, OptionError, r"stem.weight has no data \(it is on the meta"),
+        (
+            {"criterion": "taylor", "calibration": [(images(2), torch.tensor([0, 9]))]},
+            CalibrationError,
+            r"targets of shape \(2,\) .* do not fit logits of shape \(2, 4\): Target 9 is out of",
+        ),
+        (
+            {"criterion": "taylor-fo", "calibration": [(images(2), torch.rand(2))]},
+            CalibrationError,
+            r"targets of shape \(2,\) \(torch.float32\) do not fit .*give one class index for each",
+        ),
         ({"budget": thinet.Budget(macs=0.001)}, BudgetError, "macs=0.001 cannot be met"),
         ({"calibration": []}, CalibrationError, "the calibration data is empty; give at least one"),
         ({"calibration": 3}, CalibrationError, "must be an iterable of batches, got int"),

@@ -36,6 +36,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         CheckpointError: the plan is not this model's, or the file cannot be written.
     """
     target = Path(path)
+    if not isinstance(plan, Plan):
+        raise CheckpointError(
+            f"save needs the plan that made the model, such as result.plan; got {plan!r}"
+        )
     tensors = {name: _whole(tensor) for name, tensor in named_tensors(model)}
     for piece in plan.kept:
         size = tensors[piece.parameter].shape[piece.dim] if piece.parameter in tensors else None
@@ -137,9 +141,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
-                raise CheckpointError(
-                    f"{path} holds no plan; it was not written by thinet.save"
-                )
+                raise CheckpointError(f"{path} holds no plan; it was not written by thinet.save")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"there is no file {path}") from error

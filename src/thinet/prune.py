@@ -138,7 +138,9 @@ def prune(
         RepairError, VerificationError: see `thinet.repair` and `thinet.cut`.
     """
     chosen = get(criterion)
+    _check_model(model)
     _check_options(budget, repair, sampling, widths, seed)
+    _check_settings(divisor, least, rows, repair_settings)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     clock = _Clock()
     analysis = analyse(model, example_inputs)
@@ -254,7 +256,8 @@ def select_groups(
             f"\n  {g.name}: {g.locked or 'it has a single channel'}" for g in chosen[:40]
         )
         raise LockedGroupError(
-            "nothing can be cut" + (":" + reasons if reasons else "; no group is chosen")
+            "nothing can be cut"
+            + (":" + reasons if reasons else f"; none of the {len(groups)} groups is chosen")
         )
     return free
 
@@ -298,6 +301,28 @@ def _matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
     """By the group's name, with or without the number of a second group of one producer."""
     names = (group.name, group.name.partition(":")[0])
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            f"the model is a {type(model).__name__}; give the torch.nn.Module in Python, neither "
+            "scripted nor a function"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise OptionError("the model is compiled; prune model._orig_mod and compile the result")
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise OptionError(f"{empty[0]} has no data (it is on the meta device); load the weights")
+
+
+def _check_settings(divisor: object, least: object, rows: object, repair: object) -> None:
+    for name, value in (("divisor", divisor), ("least", least)):
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} is a whole number from 1; got {value!r}")
+    for name, value, kind in (("rows", rows, Rows), ("repair_settings", repair, RepairSettings)):
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(f"{name} is a {kind.__module__}.{kind.__name__}; got {value!r}")
 
 
 def _check_options(

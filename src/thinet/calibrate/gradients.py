@@ -89,7 +89,13 @@ def _loss(output: Any, targets: Tensor | None) -> Tensor:
             f"it returned {'no tensor' if logits is None else tuple(logits.shape)}"
         )
     labels = logits.argmax(1) if targets is None else targets
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    try:
+        return functional.cross_entropy(logits, labels, reduction="sum")
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CalibrationError(
+            f"targets of shape {tuple(labels.shape)} ({labels.dtype}) do not fit logits of shape "
+            f"{tuple(logits.shape)}: {error}; give one class index for each image, or none"
+        ) from error
 
 
 def _add_maps(

@@ -365,6 +365,11 @@ def plain(tree: Any) -> Any:
 
 
 def check_inputs(inputs: ExampleInputs) -> None:
+    if torch.is_inference_mode_enabled():
+        raise TraceError(
+            "a model cannot be traced inside torch.inference_mode(), where operations are not "
+            "taken apart; leave that block, thinet computes no gradients that it does not need"
+        )
     if not any(isinstance(x, torch.Tensor) for x in tree_flatten(as_call(inputs))[0]):
         raise TraceError(
             f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "
