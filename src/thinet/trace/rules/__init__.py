@@ -4,7 +4,17 @@ from collections.abc import Callable
 
 from thinet.trace.labels import Labeller
 from thinet.trace.record import Op
-from thinet.trace.rules import attention, contract, indexing, join, norm, pointwise, reduce, reshape
+from thinet.trace.rules import (
+    attention,
+    contract,
+    indexing,
+    join,
+    norm,
+    patches,
+    pointwise,
+    reduce,
+    reshape,
+)
 from thinet.trace.rules import windows as windows_
 
 Rule = Callable[[Labeller, Op], None]
@@ -15,6 +25,7 @@ RULES: dict[str, Rule] = {
     **pointwise.RULES,
     **reduce.RULES,
     **windows_.RULES,
+    **patches.RULES,
     **join.RULES,
     **indexing.RULES,
     **reshape.RULES,
