@@ -127,6 +127,12 @@ def test_two_plans_in_one_cut_as_two_cuts_in_a_row(cls: type[Net], seed: int) ->
     assert same(twice, once)
     with torch.no_grad():
         assert torch.equal(twice(inputs), once(inputs))
+    for name, units in first.then(later).keep.items():
+        weight = dict(once.named_parameters()).get(f"{name}.weight")
+        group = analyse(model, inputs).group(name)
+        made = {p.parameter: p.indices for p in group.slices(units) if p.dim == 0}
+        if name in later.keep and weight is not None:
+            assert len(made[f"{name}.weight"]) == len(weight)
     modules = dict(once.named_modules())
     for change in first.then(later).attributes:
         assert getattr(modules[change.module], change.attribute) == change.value
@@ -146,6 +152,21 @@ def test_units_are_those_of_the_dense_model() -> None:
     both = first.then(later)
     assert both.keep == {"a": (1, 5), "b": (4,)}
     assert both.kept == (Slice("a.weight", 0, (1, 5)),)
+
+
+def test_a_group_that_is_tied_in_another_way_later_has_no_units_of_its_own() -> None:
+    """First two filters make a unit, later one does; `kept` is right all the same."""
+    first = Plan(keep={"a": (1,)}, kept=(Slice("a.weight", 0, (2, 5)),))
+    later = Plan(
+        keep={"a": (1,), "b": (0,)}, kept=(Slice("a.weight", 0, (1,)), Slice("b.weight", 0, (0,)))
+    )
+    both = first.then(later)
+    assert both.keep == {"b": (0,)}
+    assert both.kept == (Slice("a.weight", 0, (5,)), Slice("b.weight", 0, (0,)))
+    other = Plan(keep={"b": (0,)}, kept=(Slice("a.weight", 0, (1,)), Slice("b.weight", 0, (0,))))
+    assert first.then(other).keep == {"a": (1,), "b": (0,)}
+    tied = Plan(keep={"a": (0,)}, kept=(Slice("a.weight", 0, (0,)), Slice("b.weight", 0, (1, 2))))
+    assert tied.then(Plan(keep={"b": (1,)}, kept=(Slice("b.weight", 0, (1,)),))).keep == {"a": (0,)}
 
 
 def test_what_lies_in_a_replaced_module_is_forgotten() -> None:

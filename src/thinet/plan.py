@@ -56,15 +56,20 @@ class Plan:
         """This plan followed by one that was made for the model it gives.
 
         Modules are replaced first: what was cut in a module that the later plan replaces is
-        forgotten, its replacement has its own sizes.
+        forgotten, its replacement has its own sizes. A group whose units are others in the cut
+        model (a grouped convolution may be tied in another way once it is narrow) has no entry in
+        `keep`; `kept` says all.
 
         Raises:
             OptionError: the later plan keeps what this one does not leave.
         """
         gone = tuple(r.module for r in later.replaced if r.builder != EXPLICIT)
-        keep = {g: u for g, u in self.keep.items() if not _within(g.partition(":")[0], gone)}
+        keep = {g: u for g, u in self.keep.items() if not _within(_layer(g), gone)}
         for name, units in later.keep.items():
-            keep[name] = _picked(keep[name], units, name) if name in keep else units
+            if _same_units(name, self, later):
+                keep[name] = _picked(keep[name], units, name) if name in keep else units
+            else:
+                keep.pop(name, None)
         kept = {
             (s.parameter, s.dim): s.indices for s in self.kept if not _within(s.parameter, gone)
         }
@@ -120,6 +125,25 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"this is not a thinet plan ({error!r})") from error
+
+
+def _layer(group: str) -> str:
+    """The module that a group is named for; a number tells its second group."""
+    return group.partition(":")[0]
+
+
+def _same_units(group: str, first: Plan, later: Plan) -> bool:
+    """Whether as many filters make a unit of the group in both plans."""
+    name = f"{_layer(group)}.weight"
+    before, after = (
+        next((len(s.indices) for s in plan.kept if (s.parameter, s.dim) == (name, 0)), None)
+        for plan in (first, later)
+    )
+    if group not in first.keep:
+        return before is None
+    if before is None or after is None:
+        return True
+    return before * len(later.keep[group]) == after * len(first.keep[group])
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:
