@@ -7,9 +7,9 @@ multiply-adds in groups that can be cut, and the outcome of cutting three random
 their channels: the cut model against the original with the same channels silenced (tests/oracle.py,
 randomised weights, float32, decided in float64 where float32 disagrees). `--compare` does the same
 with Torch-Pruning 1.6.1. Rows are appended to the JSON-lines file; a model already there is not run
-again unless it failed, so that a run that was stopped goes on. Seconds are processor seconds, so that
-other work on the machine does not count; with one thread they are what a clock shows on an idle
-machine.
+again unless it failed, so that a run that was stopped goes on. Seconds are processor seconds, so
+that other work on the machine does not count; with one thread they are what a clock shows on
+an idle machine.
 """
 
 from __future__ import annotations
