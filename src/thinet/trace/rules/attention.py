@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
-from thinet.trace.labels import FIXED, Labeller, Mixing
+from thinet.trace.labels import FIXED, Labeller, Mixing, labelled
 from thinet.trace.record import Op, Value
 
 
@@ -29,11 +31,16 @@ def scaled_dot_product(labels: Labeller, op: Op) -> None:
     for other in others:  # the log of the sums, beside random state
         summed = len(other.shape) == len(lead) + 1
         labels.set(other, (*lead, FIXED) if summed else (FIXED,) * len(other.shape))
-    q, v = op.args[0], op.args[2]
-    assert isinstance(q, Value) and isinstance(v, Value)
-    times = q.shape[0] * q.shape[-2] * op.args[1].shape[-2]
-    for axis in (shared, value[-1]):
-        labels.mixings.append(Mixing(op, axis, FIXED, FIXED, (lead[-1], axis), times))
+    q, k, v = op.args[:3]
+    assert isinstance(q, Value) and isinstance(k, Value) and isinstance(v, Value)
+    sizes = [*q.shape[:-2], q.shape[-2] * k.shape[-2]]
+    for axis, width in ((shared, q.shape[-1]), (value[-1], v.shape[-1])):
+        axes = [*lead, FIXED, axis]
+        times = prod(
+            n for n, a in zip([*sizes, width], axes, strict=True) if not labelled(a)
+        )
+        factors = tuple(a for a in axes if labelled(a))
+        labels.mixings.append(Mixing(op, axis, FIXED, FIXED, factors, times))
 
 
 RULES = {
