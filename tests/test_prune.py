@@ -25,7 +25,8 @@ from thinet.errors import (
     TraceError,
     UnknownGroupError,
 )
-from thinet.prune import PruneResult, Repair, select_groups
+from thinet.prune import PruneResult, Repair
+from thinet.selection import select_groups
 from thinet.trace.analyse import analyse
 
 HALF = thinet.Budget(keep=0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,9 +21,10 @@ from thinet.criteria import get
 from thinet.criteria.base import Criterion, Order
 from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
-from thinet.errors import CalibrationError, LockedGroupError, OptionError, UnknownGroupError
+from thinet.errors import CalibrationError, OptionError
 from thinet.plan import Plan
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
+from thinet.selection import named_groups, select_groups
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
 from thinet.trace.planning import make_plan
@@ -145,7 +145,7 @@ def prune(
     clock = _Clock()
     analysis = analyse(model, example_inputs)
     if budget.named is not None:
-        only = _named_groups(analysis.groups, budget.named, only, skip)
+        only = named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
     kept = uniform_widths(budget, groups, analysis.costs)
     if not by_error:
@@ -230,77 +230,9 @@ def prune(
     return PruneResult(small, plan, report)
 
 
-def select_groups(
-    groups: Sequence[ChannelGroup],
-    only: str | Sequence[str] | None = None,
-    skip: str | Sequence[str] | None = None,
-) -> tuple[ChannelGroup, ...]:
-    """The groups that may be cut and that the glob patterns choose.
-
-    Raises:
-        UnknownGroupError: a pattern matches no group.
-        LockedGroupError: none of the chosen groups may be cut; says why for each.
-    """
-    chosen = [g for g in groups if only is None or _matches(g, _patterns(only))]
-    for pattern in (*_patterns(only), *_patterns(skip)):
-        if not any(_matches(g, (pattern,)) for g in groups):
-            names = ", ".join(g.name for g in groups[:5])
-            raise UnknownGroupError(
-                f"the pattern {pattern!r} matches none of the {len(groups)} groups ({names}, ...); "
-                "thinet inspect lists them all"
-            )
-    chosen = [g for g in chosen if not _matches(g, _patterns(skip))]
-    free = tuple(g for g in chosen if g.locked is None and g.channels > 1)
-    if not free:
-        reasons = "".join(
-            f"\n  {g.name}: {g.locked or 'it has a single channel'}" for g in chosen[:40]
-        )
-        raise LockedGroupError(
-            "nothing can be cut"
-            + (":" + reasons if reasons else f"; none of the {len(groups)} groups is chosen")
-        )
-    return free
-
-
-def _named_groups(
-    groups: Sequence[ChannelGroup],
-    named: Mapping[str, object],
-    only: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-) -> list[str]:
-    """The names of a budget that names its groups; errors as `select_groups` raises them."""
-    if only is not None or skip is not None:
-        raise OptionError("this budget names its groups; leave only and skip out")
-    known = {group.name: group for group in groups}
-    for name in named:
-        if name not in known:
-            raise UnknownGroupError(
-                f"the budget names the group {name!r}, which is none of the {len(known)} groups; "
-                "thinet inspect lists them all"
-            )
-        if known[name].locked is not None:
-            raise LockedGroupError(f"group {name!r} may not be cut: {known[name].locked}")
-    return list(named)
-
-
 def _share(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> float:
     """Units that stay, of all units of these groups."""
     return sum(widths[g.name] for g in groups) / sum(g.channels for g in groups)
-
-
-def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
-        raise OptionError(f"only and skip are glob patterns, one or several strings; got {given!r}")
-    return tuple(patterns)
-
-
-def _matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
-    """By the group's name, with or without the number of a second group of one producer."""
-    names = (group.name, group.name.partition(":")[0])
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_model(model: object) -> None:

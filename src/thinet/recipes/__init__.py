@@ -14,11 +14,11 @@ from torch import nn
 from thinet.budget import Budget, uniform_widths
 from thinet.errors import OptionError
 from thinet.errors import RecipeError as RecipeError
-from thinet.prune import select_groups
 from thinet.recipes import resnet, vgg
 from thinet.recipes.recipe import Recipe, Step, Tuning
 from thinet.recipes.structure import Network as Network
 from thinet.recipes.structure import network
+from thinet.selection import select_groups
 from thinet.types import ExampleInputs
 
 Maker = Callable[[Network, float | None], Recipe]
