@@ -54,7 +54,9 @@ def taught() -> Iterator[None]:
 
 def test_without_the_rule_the_operation_is_named() -> None:
     group = thinet.find_groups(MirrorNet(), torch.randn(1, 3, 8, 8))[0]
-    assert group.locked == f"there is no rule for {NAME} in the model itself (see docs/adding-an-op.md)"
+    assert group.locked == (
+        f"there is no rule for {NAME} in the model itself (see docs/adding-an-op.md)"
+    )
 
 
 @pytest.mark.usefixtures("taught")

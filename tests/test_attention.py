@@ -18,6 +18,7 @@ from thinet.surgery.apply import apply_plan
 from thinet.surgery.explicit import all_explicit, explicit_class
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
+from thinet.vision import torchvision
 
 torch.set_num_threads(1)
 WIDTH, HEADS = 24, 4
@@ -103,9 +104,13 @@ def tokens(*, length: int = 5) -> Tensor:
 
 
 CASES = {
-    "encoder": (Encoder, tokens(), {"layers.layers.0.self_attn": HEADS, "layers.layers.0.linear1": 20}),
+    "encoder": (
+        Encoder,
+        tokens(),
+        {"layers.layers.0.self_attn": HEADS, "layers.layers.0.linear1": 20},
+    ),
     "cross": (Attended, (tokens(), tokens(length=7)), {"attn": HEADS}),
-    "other widths": (lambda: Attended(kdim=WIDTH, vdim=WIDTH), (tokens(), tokens()), {"attn": HEADS}),
+    "extra keys": (lambda: Attended(add_bias_kv=True), (tokens(), tokens()), {"attn": HEADS}),
     "stacked": (Stacked, tokens(), {"qkv": 3}),
     "grouped": (Grouped, tokens(), {"q": 2}),
 }
@@ -184,8 +189,9 @@ def test_a_cut_attention_is_saved_loaded_pickled_and_trained(tmp_path: Any) -> N
     apply_plan(small, plan)
     expected = small(inputs)
     save(tmp_path / "small.safetensors", small, plan)
-    assert torch.equal(load(tmp_path / "small.safetensors", Encoder().double().eval())(inputs), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(small))(inputs), expected)
+    loaded = load(tmp_path / "small.safetensors", Encoder().double().eval())
+    assert torch.equal(loaded(inputs), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(small))(inputs), expected)  # noqa: S301
     assert torch.equal(copy.deepcopy(small)(inputs), expected)
     small.train()(inputs).sum().backward()
     assert small.layers.layers[0].self_attn.in_proj_weight.grad.shape == (36, WIDTH)
@@ -254,3 +260,62 @@ def test_one_sequence_and_a_causal_hint() -> None:
     torch.testing.assert_close(explicit(x, x, x, **given), plain(x, x, x, **given))
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         explicit(x, x, x, is_causal=True)
+
+
+def windows(kind: str, shift: int) -> nn.Module:
+    from torchvision.models import swin_transformer
+
+    torch.manual_seed(0)
+    return randomise(getattr(swin_transformer, kind)(24, [4, 5], [shift, shift], 3)).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["ShiftedWindowAttention", "ShiftedWindowAttentionV2"])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(9, 11), (4, 5), (8, 10)], ids=str)
+def test_explicit_windows_compute_the_same(kind: str, shift: int, size: tuple[int, int]) -> None:
+    torchvision()
+    plain = windows(kind, shift)
+    explicit = copy.deepcopy(plain)
+    all_explicit(explicit)
+    assert type(explicit) is explicit_class(plain)
+    x = torch.randn(2, *size, 24).double()
+    torch.testing.assert_close(explicit(x), plain(x))
+
+
+class Windowed(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x))
+
+
+@pytest.mark.parametrize("kind", ["ShiftedWindowAttention", "ShiftedWindowAttentionV2"])
+def test_heads_of_windows_go_with_their_tables(kind: str) -> None:
+    torchvision()
+    model = Windowed(windows(kind, 2)).double().eval()
+    x = torch.randn(1, 9, 11, 24).double()
+    groups = thinet.find_groups(model, x)
+    (heads,) = (g for g in groups if "attention.qkv" in g.producers and g.locked is None)
+    assert heads.channels == 3
+    check(model, x, groups, {heads.name: [1]}, thinet.cut)
+
+
+def test_maxvit_heads_go() -> None:
+    torchvision()
+    from torchvision.models import maxvit
+
+    torch.manual_seed(0)
+    module = maxvit.RelativePositionalMultiHeadAttention(24, 8, 16)
+    model = randomise(Windowed(module)).double().eval()
+    x = torch.randn(2, 2, 16, 24).double()
+    plain = model(x)
+    explicit = copy.deepcopy(model)
+    all_explicit(explicit)
+    torch.testing.assert_close(explicit(x), plain)
+    groups = thinet.find_groups(model, x)
+    heads = next(g for g in groups if g.name == "attention.to_qkv")
+    assert (heads.locked, heads.channels) == (None, 3)
+    check(model, x, groups, {heads.name: [0, 2]}, thinet.cut)

@@ -16,7 +16,9 @@ from thinet.surgery.apply import sliced
 from thinet.types import Slice
 
 
-def cut_optimizer(optimizer: Optimizer, model: nn.Module, small: nn.Module, plan: Plan) -> Optimizer:
+def cut_optimizer(
+    optimizer: Optimizer, model: nn.Module, small: nn.Module, plan: Plan
+) -> Optimizer:
     """A copy of the optimizer for the cut model's parameters.
 
     Momenta and other state of a parameter's shape lose what the parameter lost; counters,
@@ -42,8 +44,9 @@ def cut_optimizer(optimizer: Optimizer, model: nn.Module, small: nn.Module, plan
     states: dict[nn.Parameter, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
         if id(parameter) in cuts:
-            where = names[id(parameter)]
-            states[memo[id(parameter)]] = _sliced_state(where, parameter, state, cuts[id(parameter)])
+            pieces = cuts[id(parameter)]
+            made = _sliced_state(names[id(parameter)], parameter, state, pieces)
+            states[memo[id(parameter)]] = made
     new = copy.deepcopy(optimizer, memo)
     new.state.update(states)
     return new

@@ -136,9 +136,10 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, tuple[int, Vector]]:
             times[op.name] += 1
             for number, value in enumerate([*op.inputs(), *op.outputs()]):
                 for dim, axis in enumerate(walk.of(value)):  # type: ignore[union-attr]
-                    if isinstance(axis, np.ndarray) and len(axis) > 1:
-                        if free[labeller.classes.find(axis)].any():
-                            where = op.name, times[op.name], number, dim
-                            found.setdefault(where, (first + op.index, axis))
+                    if not isinstance(axis, np.ndarray) or len(axis) < 2:
+                        continue
+                    if free[labeller.classes.find(axis)].any():
+                        where = op.name, times[op.name], number, dim
+                        found.setdefault(where, (first + op.index, axis))
     analysis.axes[module] = found
     return found

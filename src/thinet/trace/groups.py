@@ -1,4 +1,4 @@
-"""From labels to groups: the classes of indices that must go together, bundled by what they touch."""
+"""From labels to groups: classes of indices that go together, bundled by what they touch."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class Analysis:
     slots: tuple[Slot, ...]
     costs: Costs
     followed: tuple[Followed, ...] = ()
-    axes: dict[str, dict[tuple[str, int, int, int], tuple[int, Vector]]] = field(default_factory=dict, repr=False)
+    axes: dict[str, dict[tuple[str, int, int, int], tuple[int, Vector]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def group(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)

@@ -240,6 +240,14 @@ class Labeller:
             self.classes.lock(axis, reason)
         return FIXED
 
+    def is_locked(self, axis: Axis) -> bool:
+        """Whether no entry of an axis could be cut even now."""
+        if not isinstance(axis, np.ndarray) or not self.classes.locks:
+            return not isinstance(axis, np.ndarray)
+        locked = np.concatenate([vector.reshape(-1) for vector, _ in self.classes.locks])
+        roots = self.classes.find(axis)
+        return bool(np.isin(roots, self.classes.find(locked)).all())
+
     def lock_all(self, value: Value, reason: str) -> None:
         for axis in self.of(value):
             self.lock(axis, reason)
@@ -253,7 +261,7 @@ class Labeller:
                 self.axes[value.id] = (FIXED,) * len(value.shape)
 
     def tie(self, labels: Vector) -> Vector:
-        """Make the labels along the last dimension of a matrix one class a row; the rows' labels."""
+        """Make the labels of each row of a matrix one class; returns the rows' labels."""
         first = np.ascontiguousarray(labels[..., :1])
         self.classes.unify(
             np.broadcast_to(first, labels.shape).reshape(-1).copy(), labels.reshape(-1).copy()

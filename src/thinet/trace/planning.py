@@ -1,4 +1,4 @@
-"""From units to keep to a plan: which entries of which parameters stay, and which attributes follow."""
+"""From units to keep to a plan: which entries stay, and which attributes follow."""
 
 from __future__ import annotations
 

@@ -349,7 +349,8 @@ def record_replica(
             with recorder:
                 outputs = replica(*args, **kwargs)
         except Exception as error:
-            raise StoppedError(recorder.program(given, named, known, (), (), on_meta), error) from error
+            program = recorder.program(given, named, known, (), (), on_meta)
+            raise StoppedError(program, error) from error
         return recorder.program(given, named, known, outputs, calls, on_meta)
 
 

@@ -123,7 +123,7 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
         """With the learned extra key and value, and the zero ones, where the module has them."""
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
-            rows = (self._heads(b).expand(k.shape[0], -1, -1, -1) for b in (self.bias_k, self.bias_v))
+            rows = (self._heads(b).expand(len(k), -1, -1, -1) for b in (self.bias_k, self.bias_v))
             k, v = (torch.cat([x, row], dim=2) for x, row in zip((k, v), rows, strict=True))
             extra += 1
         if self.add_zero_attn:

@@ -87,7 +87,7 @@ class ExplicitShiftedWindowAttention(nn.Module):
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def _mask(self, x: Tensor, h: int, w: int, down: int, right: int) -> Tensor:
-        """(windows of one image, cells, cells): -100 between cells that the shift brought together."""
+        """(windows of one image, cells, cells): -100 between what the shift brought together."""
         rows, columns = self.window_size
         region = x.new_zeros((h, w))
         number = 0

@@ -52,9 +52,13 @@ def split(labels: Labeller, op: Op) -> None:
     axis = axes[dim]
     pieces = op.outputs()
     start = 0
-    if isinstance(axis, np.ndarray) and len({piece.shape[dim] for piece in pieces}) == 1:
-        if labels.choose(op, "split", "free") == "tied":
-            labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
+    equal = len({piece.shape[dim] for piece in pieces}) == 1
+    if (
+        isinstance(axis, np.ndarray)
+        and equal
+        and labels.choose(op, "split", "free") == "tied"
+    ):
+        labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
     for piece in pieces:
         end = start + piece.shape[dim]
         part = axis[start:end] if isinstance(axis, np.ndarray) else axis

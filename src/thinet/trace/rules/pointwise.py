@@ -12,7 +12,8 @@ hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma
 lift_fresh_copy log log10 log1p log2 log_sigmoid_forward logical_not mish nan_to_num native_dropout
 neg nonzero_static positive pow reciprocal relu relu6 round rrelu_with_noise rsqrt rsub selu sgn
 sigmoid sign silu sin sinc sinh softplus softshrink special_expit sqrt square tan tanh threshold
-trunc _to_copy alias _conj conj_physical logit angle dropout alpha_dropout to resolve_conj resolve_neg
+trunc _to_copy alias _conj conj_physical logit angle dropout alpha_dropout to resolve_conj
+resolve_neg
 """.split()
 
 BINARY = """
@@ -35,7 +36,9 @@ randint_like randperm
 POSITIONS = "arange linspace logspace tril_indices triu_indices".split()
 
 
-def broadcast(labels: Labeller, op: Op, operands: list[Value], shape: tuple[int, ...]) -> list[Axis]:
+def broadcast(
+    labels: Labeller, op: Op, operands: list[Value], shape: tuple[int, ...]
+) -> list[Axis]:
     """The axes of a result of this shape, its operands aligned at the last dimension."""
     axes: list[Axis] = []
     for dim, size in enumerate(shape):

@@ -145,6 +145,8 @@ def _keep_one(
     kept = labels.decided.get(key)
     if kept is None:
         varying = [d for d in named if before[d] > 1] or named[:1]
+        if len(varying) > 1:
+            varying = [d for d in varying if not labels.is_locked(axes[d])] or varying
         kept = labels.decided[key] = _chosen(labels, op, before, varying)
     for d in named:
         if d != kept:

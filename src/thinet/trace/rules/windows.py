@@ -37,7 +37,7 @@ def sliding(labels: Labeller, op: Op, last: int) -> None:
         labels.set(out, axes)
 
 
-def _over_last(n: int):  # noqa: ANN202
+def _over_last(n: int):
     return lambda labels, op: sliding(labels, op, n)
 
 
