@@ -205,6 +205,12 @@ def test_the_residual_stream_goes_on_request() -> None:
     groups = thinet.find_groups(model, inputs, normalised=True)
     stream = next(g for g in groups if g.normalised_over)
     assert stream.locked is None
+    keep = {stream.name: range(5, WIDTH), "layers.layers.0.self_attn": [0, 3]}
+    small = thinet.cut(model, inputs, keep, normalised=True)
+    first = small.layers.layers[0]
+    assert first.norm1.normalized_shape == (WIDTH - 5,)
+    assert first.self_attn.in_proj_weight.shape == (2 * 3 * WIDTH // HEADS, WIDTH - 5)
+    assert small(inputs).shape == model(inputs).shape
 
 
 def options() -> list[dict[str, Any]]:
