@@ -30,8 +30,7 @@ def _(x: Tensor) -> Tensor:
 
 
 mirrored.register_autograd(
-    lambda ctx, grad: grad[:, : grad.shape[1] // 2]
-    + grad[:, grad.shape[1] // 2 :].flip(1).flip(3)
+    lambda ctx, grad: grad[:, : grad.shape[1] // 2] + grad[:, grad.shape[1] // 2 :].flip(1).flip(3)
 )
 
 

@@ -227,9 +227,7 @@ def options() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("option", options(), ids=str)
 @pytest.mark.parametrize("need", [True, False])
 @pytest.mark.parametrize("mask", ["none", "shared", "each head", "padding"])
-def test_the_explicit_form_computes_the_same(
-    option: dict[str, Any], need: bool, mask: str
-) -> None:
+def test_the_explicit_form_computes_the_same(option: dict[str, Any], need: bool, mask: str) -> None:
     torch.manual_seed(0)
     plain = randomise(nn.MultiheadAttention(16, 4, **option)).double().eval()
     explicit = copy.deepcopy(plain)

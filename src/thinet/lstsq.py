@@ -7,7 +7,7 @@ from torch import Tensor
 
 from thinet.errors import RepairError
 
-_JITTERS = (0.0, 1e-10, 1e-8, 1e-6)
+_JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on earlier columns
 
 _CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
@@ -25,7 +25,7 @@ def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
 
     Raises:
         RepairError: the matrix is not finite, or not positive definite even with
-            1e-6 of its mean diagonal added.
+            1e-4 of its mean diagonal added.
     """
     if not bool(torch.isfinite(matrix).all()):
         raise RepairError(

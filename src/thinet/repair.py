@@ -326,5 +326,3 @@ class _Pass:
             gain = gain * tensors[norm.scale]
         dead = gain.abs() < 1e-3 * gain.abs().max()
         return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
-
-

@@ -61,9 +61,7 @@ def verify_cut(
     )
 
 
-def silenced(
-    model: nn.Module, analysis: Analysis, keep: Mapping[str, Sequence[int]]
-) -> nn.Module:
+def silenced(model: nn.Module, analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy of the model in which the removed channels reach no consumer.
 
     The consumers' weights for them are zero; channels that meet in a product of two activations

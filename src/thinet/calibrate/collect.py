@@ -154,9 +154,7 @@ class Collector:
             return
         x, weight = envs[0][layer.x.id], self.execution.tensors[layer.weight]
         columns = columns_of(layer, weight)
-        positions = positions_of(
-            layer, x, columns, self.rows, self.share, self.seed, self.batch
-        )
+        positions = positions_of(layer, x, columns, self.rows, self.share, self.seed, self.batch)
         self._positions[op.index] = positions
         if self.key[op.index] in self.consumers:
             self._measure(layer, x, weight, positions, columns)

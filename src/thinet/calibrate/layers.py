@@ -142,9 +142,7 @@ def _convolution(op: Op) -> Parts | None:
     def spread(values: list[int]) -> tuple[int, ...]:
         return tuple(values) if len(values) == rank else tuple(values) * rank
 
-    geometry = Geometry(
-        weight.shape[2:], spread(stride), spread(padding), spread(dilation), groups
-    )
+    geometry = Geometry(weight.shape[2:], spread(stride), spread(padding), spread(dilation), groups)
     return x, weight, bias, geometry
 
 

@@ -83,9 +83,7 @@ def _signal(
     return gains, float(signal.var(0, unbiased=False).sum())
 
 
-def site_gram(
-    site: Site, group: ChannelGroup, seen: Observations, weight: Tensor
-) -> Tensor | None:
+def site_gram(site: Site, group: ChannelGroup, seen: Observations, weight: Tensor) -> Tensor | None:
     """ThiNet's gram of one consumer over the units of a group, None where it was not measured.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ def _cut(model: nn.Module, plan: Plan) -> None:
             )
     replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        for store in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) in replaced:
                     store[name] = replaced[id(tensor)]
@@ -67,9 +68,7 @@ def named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def sliced(
-    named: dict[str, torch.Tensor], kept: Iterable[Slice]
-) -> dict[str, torch.Tensor]:
+def sliced(named: dict[str, torch.Tensor], kept: Iterable[Slice]) -> dict[str, torch.Tensor]:
     """New tensors, each with what its slices keep, of the same kind as the old."""
     cuts: dict[str, list[Slice]] = {}
     for piece in kept:
@@ -103,7 +102,10 @@ def set_attributes(model: nn.Module, changes: Iterable[AttributeChange]) -> None
     for change in changes:
         module, value = model.get_submodule(change.module), change.value
         old = getattr(module, change.attribute, None)
-        setattr(module, change.attribute, list(value) if isinstance(old, list) else value)
+        if isinstance(old, list) and isinstance(value, tuple):
+            setattr(module, change.attribute, list(value))
+        else:
+            setattr(module, change.attribute, value)
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

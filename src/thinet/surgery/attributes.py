@@ -120,7 +120,7 @@ def attribute_changes(
             if tensor is not None and tensor.ndim > 0
         }
         if hasattr(module, "parametrizations") and "weight" not in own:
-            originals = module.parametrizations["weight"]  # type: ignore[index]
+            originals = module.get_submodule("parametrizations.weight")
             own["weight"] = max(originals.parameters(), key=lambda p: p.ndim)
         names = {name: first_name[id(tensor)] for name, tensor in own.items()}
         if not any(first in shapes for first in names.values()):

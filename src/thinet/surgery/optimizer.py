@@ -41,14 +41,15 @@ def cut_optimizer(
             name = names.get(id(parameter))
             # What is not of this model, such as a loss with weights, is shared.
             memo[id(parameter)] = parameter if name is None else theirs[name]
-    states: dict[nn.Parameter, dict[str, Any]] = {}
+    states: dict[torch.Tensor, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
         if id(parameter) in cuts:
             pieces = cuts[id(parameter)]
             made = _sliced_state(names[id(parameter)], parameter, state, pieces)
             states[memo[id(parameter)]] = made
     new = copy.deepcopy(optimizer, memo)
-    new.state.update(states)
+    for parameter, state in states.items():
+        new.state[parameter] = state
     return new
 
 

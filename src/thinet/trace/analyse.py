@@ -63,9 +63,7 @@ def analyse(
         best = _checked(program, trained, trainable, given, normalised, pristine, call)
         other = {key: OTHER[best.made[key]] for key in best.doubtful if key not in given}
         if other:
-            again = _checked(
-                program, trained, trainable, given | other, normalised, pristine, call
-            )
+            again = _checked(program, trained, trainable, given | other, normalised, pristine, call)
             best = max(best, again, key=lambda found: found.free_macs)
     return best.analysis
 

@@ -278,9 +278,7 @@ def _members(
     for number, slot in enumerate(slots):
         roots = classes.find(slot.labels)
         touched = group_of[roots]
-        role: Role = (
-            "consumes" if number in mixed else "produces" if number in made else "follows"
-        )
+        role: Role = "consumes" if number in mixed else "produces" if number in made else "follows"
         for group in np.unique(touched[touched >= 0]).tolist():
             units = np.where(touched == group, unit_of[roots], -1)
             member = Member(slot.parameter, slot.dim, role, tuple(units.tolist()))

@@ -73,7 +73,7 @@ def followed_changes(
             changed[key] = stays
         else:
             old = changed.get(key, getattr(model.get_submodule(followed.module), key[1]))
-            assert not isinstance(old, int)
+            assert isinstance(old, (list, tuple))
             changed[key] = tuple(
                 stays if place == followed.place else value for place, value in enumerate(old)
             )

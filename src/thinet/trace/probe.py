@@ -232,11 +232,13 @@ def _axis(
 def _numbers(op: Op, labeller: Labeller) -> list[float]:
     """The numbers among an operation's arguments that a cut must not change."""
     leaves = leaves_of((op.args, op.kwargs))
-    numbers = [x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    numbers: list[float] = [
+        x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)
+    ]
     follows = op.name in SIZES
     if op.name == "aten.slice":
-        dim = op.args[1] if len(op.args) > 1 else 0
-        follows = isinstance(labeller.of(op.args[0])[dim], np.ndarray)
+        axes = list(labeller.of(op.args[0]))
+        follows = isinstance(axes[op.args[1] if len(op.args) > 1 else 0], np.ndarray)
     return [x for x in numbers if isinstance(x, float)] if follows else numbers
 
 

@@ -184,9 +184,7 @@ SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-    )
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
@@ -231,17 +229,14 @@ class _Recorder(TorchDispatchMode):
             return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
         return tree
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorded = self.abstract((args, kwargs))
+        taken, named = self.abstract((args, kwargs))
         result = func(*args, **kwargs)
         self.ops.append(
-            Op(len(self.ops), func, *recorded, self.abstract(result), self.stack[-1])
+            Op(len(self.ops), func, taken, named, self.abstract(result), self.stack[-1])
         )
         return result
-
 
     def program(
         self,
@@ -321,9 +316,7 @@ def real_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Ca
     )
 
 
-def record_replica(
-    replica: nn.Module, inputs: Call, *, training: bool = False
-) -> Program:
+def record_replica(replica: nn.Module, inputs: Call, *, training: bool = False) -> Program:
     """Record a model that may be changed by it, on positional and keyword inputs.
 
     Raises:
@@ -381,8 +374,6 @@ def check_inputs(inputs: ExampleInputs) -> None:
 def describe(inputs: ExampleInputs) -> str:
     """The shapes of the inputs, for messages."""
     shapes = [
-        str(tuple(x.shape))
-        for x in tree_flatten(as_call(inputs))[0]
-        if isinstance(x, torch.Tensor)
+        str(tuple(x.shape)) for x in tree_flatten(as_call(inputs))[0] if isinstance(x, torch.Tensor)
     ]
     return "shapes " + ", ".join(shapes)

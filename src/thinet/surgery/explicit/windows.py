@@ -57,9 +57,10 @@ class ExplicitShiftedWindowAttention(nn.Module):
         """(1, heads, window, window)."""
         cells = self.window_size[0] * self.window_size[1]
         if hasattr(self, "cpb_mlp"):
-            table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
+            mlp = self.get_submodule("cpb_mlp")
+            table: Tensor = mlp(self.get_buffer("relative_coords_table")).flatten(0, -2)
         else:
-            table = self.relative_position_bias_table
+            table = self.get_parameter("relative_position_bias_table")
         bias = table[self.relative_position_index].unflatten(0, (cells, cells))
         bias = bias.permute(2, 0, 1).unsqueeze(0)
         return 16 * torch.sigmoid(bias) if hasattr(self, "cpb_mlp") else bias

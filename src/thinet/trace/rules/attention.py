@@ -36,9 +36,7 @@ def scaled_dot_product(labels: Labeller, op: Op) -> None:
     sizes = [*q.shape[:-2], q.shape[-2] * k.shape[-2]]
     for axis, width in ((shared, q.shape[-1]), (value[-1], v.shape[-1])):
         axes = [*lead, FIXED, axis]
-        times = prod(
-            n for n, a in zip([*sizes, width], axes, strict=True) if not labelled(a)
-        )
+        times = prod(n for n, a in zip([*sizes, width], axes, strict=True) if not labelled(a))
         factors = tuple(a for a in axes if labelled(a))
         labels.mixings.append(Mixing(op, axis, FIXED, FIXED, factors, times))
 

@@ -53,11 +53,7 @@ def split(labels: Labeller, op: Op) -> None:
     pieces = op.outputs()
     start = 0
     equal = len({piece.shape[dim] for piece in pieces}) == 1
-    if (
-        isinstance(axis, np.ndarray)
-        and equal
-        and labels.choose(op, "split", "free") == "tied"
-    ):
+    if isinstance(axis, np.ndarray) and equal and labels.choose(op, "split", "free") == "tied":
         labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
     for piece in pieces:
         end = start + piece.shape[dim]

@@ -31,9 +31,7 @@ def transpose(labels: Labeller, op: Op) -> None:
 def movedim(labels: Labeller, op: Op) -> None:
     axes = labels.of(op.args[0])
     rank = len(axes)
-    source, target = (
-        [d % rank for d in ([a] if isinstance(a, int) else a)] for a in op.args[1:3]
-    )
+    source, target = ([d % rank for d in ([a] if isinstance(a, int) else a)] for a in op.args[1:3])
     order = [d for d in range(rank) if d not in source]
     for place, d in sorted(zip(target, source, strict=True)):
         order.insert(place, d)
@@ -173,9 +171,7 @@ def _split(labels: Labeller, op: Op, full: Vector, after: list[int], first: int)
     return made
 
 
-def _prunable(
-    labels: Labeller, op: Op, full: Vector, after: list[int], first: int
-) -> int | None:
+def _prunable(labels: Labeller, op: Op, full: Vector, after: list[int], first: int) -> int | None:
     """Which of the axes that labels are laid out along stays prunable."""
     roots = labels.classes.find(np.ascontiguousarray(full))
     varying = [d for d in range(len(after)) if (roots != roots.take([0], axis=d)).any()]
