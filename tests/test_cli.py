@@ -293,6 +293,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no classes": (("evaluate", "net.py:build", "images/dark", "--size", "8"), "has no classes"),
     "no budget": ((*PRUNE, *OUT), "a budget names one of macs, params and keep; none given"),
     "two budgets": ((*PRUNE, *OUT, *HALF, "--keep", "1"), "macs and keep given"),
+    "widths without costs": (
+        (*PRUNE, *OUT, "--keep", "0.5", "--widths", "uniform"),
+        "--widths says how --macs or --params is shared out",
+    ),
     "keep above 1": ((*PRUNE, *OUT, "--keep", "1.5"), "above 0 and at most 1; got 1.5"),
     "keep 0": ((*PRUNE, *OUT, "--keep", "0"), "above 0 and at most 1; got 0.0"),
     "budget out of reach": ((*PRUNE, *OUT, "--macs", "0.01"), "cannot be met"),

@@ -150,7 +150,7 @@ def _run(out: Path, seed: int, told: Progress) -> Demo:
         pruned[name] = prune(
             dense, example, data.calibration,
             budget=Budget(macs=KEEP_MACS), criterion=criterion, repair=repair,
-            recalibrate=True, seed=seed,
+            recalibrate=True, seed=seed, widths="uniform",
         )  # fmt: skip
     told("pruning", len(METHODS), len(METHODS))
 

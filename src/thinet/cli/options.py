@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,3 +112,17 @@ def strategy(
     if macs is not None or params is not None or only or skip:
         raise OptionError("--recipe says what is cut; leave --macs, --params, --only, --skip out")
     return {"recipe": recipe, "keep": keep}
+
+
+def shared_out(asked: Mapping[str, Any], **options: object) -> dict[str, object]:
+    """The options that were given of those that say how a budget of costs is shared out.
+
+    Raises:
+        OptionError: there is no such budget.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    budget = asked.get("budget")
+    if given and (budget is None or budget.kind == "keep"):
+        names = " and ".join(f"--{name}" for name in given)
+        raise OptionError(f"{names} says how --macs or --params is shared out; give one of these")
+    return given

@@ -14,7 +14,7 @@ from thinet.cli.files import REPORTS, check_output, write_report
 from thinet.cli.folders import labelled
 from thinet.cli.inputs import example, network, pictures
 from thinet.plan import Plan
-from thinet.prune import Repair, Sampling
+from thinet.prune import Repair, Sampling, Widths
 from thinet.prune import prune as cut_and_repair
 from thinet.recipes import resolve
 from thinet.recipes.apply import prune_by_recipe
@@ -64,6 +64,14 @@ def prune(
     sampling: Annotated[
         Sampling, typer.Option(help="All outputs, or as the paper ten single ones an image.")
     ] = "exact",
+    widths: Annotated[
+        Widths | None,
+        typer.Option(help="Share --macs or --params out by error (default) or uniformly."),
+    ] = None,
+    divisor: Annotated[
+        int | None,
+        typer.Option(min=1, help="Widths by error are multiples of it in wide groups; default 8."),
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
     data: Annotated[
         Path | None,
@@ -100,6 +108,7 @@ def prune(
         check_output(report, force=force, suffixes=REPORTS)
 
     asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
+    asked |= options.shared_out(asked, widths=widths, divisor=divisor)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
