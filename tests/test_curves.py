@@ -91,3 +91,16 @@ def test_consumers_add_up_over_their_energies_and_dead_ones_do_not_count():
 def test_moments_that_are_not_finite_are_refused():
     with pytest.raises(RepairError, match="fc: the least-squares system holds NaN"):
         refit_errors(torch.full((5, 5), float("nan")), torch.ones(1, 5), ORDER, name="fc")
+
+
+def test_fewer_rows_than_columns_still_give_a_curve() -> None:
+    """A narrow last stage on few images: 6 rows for 20 columns, single precision."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(6, 20, generator=generator)
+    weight = torch.randn(3, 20, generator=generator)
+    second = (rows.T @ rows / 6).double()
+    errors = refit_errors(second, weight, list(range(20)), ridge=1e-6)
+    energy = float((rows @ weight.T).double().square().mean(0).sum())
+    # Any 6 columns explain 6 rows, and with none left all of the output is lost.
+    assert errors[14] < 1e-3 * energy
+    assert errors[20] == pytest.approx(energy, rel=1e-3)
