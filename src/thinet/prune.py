@@ -189,7 +189,7 @@ def prune(
     repaired = Repaired((), {})
     if repair == "full":
         repaired = repair_full(
-            small, plan, seen, batches, settings=repair_settings, rows=rows, progress=progress
+            small, plan, seen, batches, settings=repair_settings, progress=progress
         )
     elif repair == "scale":
         repaired = repair_scale(small, model, cut_groups, plan, seen)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, Rows, columns_of
+from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, columns_of
 from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import dense_weight, output_rows, patches
@@ -67,7 +67,6 @@ def repair_full(
     batches: Sequence[ExampleInputs],
     *,
     settings: RepairSettings | None = None,
-    rows: Rows | None = None,
     progress: Progress | None = None,
 ) -> Repaired:
     """Refit the layers of a freshly cut network, in place.
