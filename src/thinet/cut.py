@@ -79,7 +79,8 @@ def cut(
         UnknownGroupError: no group has that name.
         IndicesError: indices that are empty, repeated or out of range (a ValueError).
         VerificationError: the cut model differs; it is not returned.
-        OptionError: the optimizer's state of a cut parameter does not have its shape.
+        OptionError: the optimizer's state of a cut parameter does not have its shape, or choices
+            that the model does not leave.
     """
     analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     checked = check_keep(analysis.groups, keep)

@@ -103,6 +103,8 @@ def prune(
     least: int = 2,
     rows: Rows | None = None,
     repair_settings: RepairSettings | None = None,
+    normalised: bool = False,
+    choices: Mapping[str, str] | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -126,6 +128,7 @@ def prune(
             as many channels; networks run fastest at multiples of 8 or 16.
         least: no group is made narrower than this by error.
         rows: how many output positions of each layer are looked at.
+        normalised, choices: which groups there are, as for `find_groups`.
         verify: see that the cut, before the repair, computes what the silenced original computes.
         seed: of the sampled positions and random choices.
 
@@ -143,7 +146,7 @@ def prune(
     _check_settings(divisor, least, rows, repair_settings)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     clock = _Clock()
-    analysis = analyse(model, example_inputs)
+    analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     if budget.named is not None:
         only = named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
@@ -203,6 +206,8 @@ def prune(
         "widths": "error" if by_error else "uniform",
         "sampling": sampling,
         "recalibrate": recalibrate,
+        "normalised": normalised,
+        "choices": dict(choices or {}),
         "seed": seed,
     }
     plan = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, settings)

@@ -62,6 +62,21 @@ RecipeName = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:KIND=VALUE",
+        help="Where a layout leaves a choice, such as 'layer1.conv:groups=within'; repeatable. "
+        "`thinet inspect` lists what can be chosen.",
+    ),
+]
+Normalised = Annotated[
+    bool,
+    typer.Option(
+        "--normalised",
+        help="Also groups that a LayerNorm or its kin couples; cutting these is not exact.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
 ReportFile = Annotated[
@@ -91,6 +106,23 @@ def triple(name: str, text: str | None) -> tuple[float, float, float] | None:
     if len(numbers) != 3:
         raise OptionError(f"--{name} takes three numbers such as 0.485,0.456,0.406, got {text!r}")
     return numbers[0], numbers[1], numbers[2]
+
+
+def choices(given: Sequence[str] | None) -> dict[str, str]:
+    """What `thinet.find_groups` takes as choices.
+
+    Raises:
+        OptionError: not of the form MODULE:KIND=VALUE.
+    """
+    found: dict[str, str] = {}
+    for text in given or ():
+        key, equals, value = text.rpartition("=")
+        if not equals or ":" not in key:
+            raise OptionError(
+                f"--choice takes MODULE:KIND=VALUE such as layer1.conv:groups=within, got {text!r}"
+            )
+        found[key] = value
+    return found
 
 
 def strategy(
@@ -126,3 +158,18 @@ def shared_out(asked: Mapping[str, Any], **options: object) -> dict[str, object]
         names = " and ".join(f"--{name}" for name in given)
         raise OptionError(f"{names} says how --macs or --params is shared out; give one of these")
     return given
+
+
+def freed(
+    asked: Mapping[str, Any], *, choice: Sequence[str] | None, normalised: bool
+) -> dict[str, object]:
+    """The options that say which groups there are, as `thinet.prune` takes them.
+
+    Raises:
+        OptionError: a choice that is written wrongly, or beside a recipe.
+    """
+    if "budget" in asked:
+        return {"choices": choices(choice), "normalised": normalised}
+    if choice or normalised:
+        raise OptionError("--recipe says what is cut; leave --choice and --normalised out")
+    return {}

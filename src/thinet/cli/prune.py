@@ -72,6 +72,8 @@ def prune(
         int | None,
         typer.Option(min=1, help="Widths by error are multiples of it in wide groups; default 8."),
     ] = None,
+    choice: options.Choice = None,
+    normalised: options.Normalised = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
     data: Annotated[
         Path | None,
@@ -109,6 +111,7 @@ def prune(
 
     asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
     asked |= options.shared_out(asked, widths=widths, divisor=divisor)
+    asked |= options.freed(asked, choice=choice, normalised=normalised)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)

@@ -9,6 +9,7 @@ from torch import nn
 
 from thinet.errors import TraceError
 from thinet.observe import preserved_rng
+from thinet.trace.choices import OTHER, check_choices
 from thinet.trace.groups import Analysis, build
 from thinet.trace.labels import Classes, Labeller, Vector
 from thinet.trace.record import Call, Program, meta_replica, real_replica, record
@@ -34,14 +35,16 @@ def find_groups(
         normalised: unlock groups that a normalisation over channels couples (LayerNorm and its
             kin). Removing such a channel changes the statistics of the others.
         choices: where a layout leaves a choice, `"module.path:groups"` to `"whole"` or `"within"`
-            (grouped convolutions) and `"module.path:layout"` to `"outer"` or `"inner"` (the factor
-            of a reshaped axis that stays prunable).
+            (grouped convolutions, GroupNorm), `"module.path:layout"` to `"outer"` or `"inner"`
+            (the factor of a reshaped axis that stays prunable), `"module.path:split"` to `"free"`
+            or `"tied"` (whether equal pieces lose the same channels).
 
     Returns:
         Every group with at least one producer; those that may not be cut say why in `locked`.
 
     Raises:
         TraceError: the model does not run on the example inputs.
+        OptionError: a choice that the model does not leave, or a value that it does not have.
     """
     return analyse(model, example_inputs, normalised=normalised, choices=choices).groups
 
@@ -65,14 +68,9 @@ def analyse(
         if other:
             again = _checked(program, trained, trainable, given | other, normalised, pristine, call)
             best = max(best, again, key=lambda found: found.free_macs)
+    training = best.analysis.training
+    check_choices(given, {**best.made, **(training.made if training else {})})
     return best.analysis
-
-
-OTHER = {"outer": "inner", "inner": "outer", "whole": "within", "within": "whole"} | {
-    "free": "tied",
-    "tied": "free",
-}
-"""What else can be chosen where a first choice does not follow a cut."""
 
 
 @dataclass(frozen=True, eq=False)
