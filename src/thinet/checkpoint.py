@@ -16,7 +16,7 @@ from torch import nn
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
 from thinet.surgery.apply import apply_plan, named_tensors
-from thinet.trace.record import copied
+from thinet.trace.replica import copied
 
 KEY = "thinet_plan"
 """Name of the metadata entry that holds the plan as JSON."""

@@ -15,7 +15,7 @@ from thinet.surgery.apply import apply_plan
 from thinet.surgery.optimizer import cut_optimizer
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
-from thinet.trace.record import copied
+from thinet.trace.replica import copied
 from thinet.types import ChannelGroup, ExampleInputs, check_indices
 from thinet.verify import verify_cut
 

@@ -20,7 +20,7 @@ from thinet.errors import OptionError
 from thinet.recipes import RECIPES
 from thinet.recipes.structure import Network, network
 from thinet.surgery.replace import replace
-from thinet.trace.record import copied
+from thinet.trace.replica import copied
 from thinet.vision import torchvision
 
 Stride = Literal["first", "middle"]

@@ -15,7 +15,8 @@ from thinet.errors import VerificationError
 from thinet.observe import evaluating, module_calls, preserved_rng
 from thinet.trace.groups import Analysis
 from thinet.trace.planning import removed_classes
-from thinet.trace.record import copied, plain, values_of
+from thinet.trace.record import plain, values_of
+from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, as_call
 
 TOLERANCE = 1e-4

@@ -13,7 +13,8 @@ from thinet.calibrate.batches import calibration_inputs
 from thinet.errors import CalibrationError
 from thinet.observe import evaluating, preserved_rng
 from thinet.surgery.apply import named_tensors
-from thinet.trace.record import copied, describe
+from thinet.trace.record import describe
+from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, call
 
 

@@ -21,7 +21,8 @@ from thinet.recipes import resolve
 from thinet.recipes.recipe import Recipe
 from thinet.surgery.replace import replace
 from thinet.trace.interpret import Environment, Execution
-from thinet.trace.record import Op, copied
+from thinet.trace.record import Op
+from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, Progress
 
 RIDGE = 1e-3

@@ -23,11 +23,11 @@ from thinet.trace.record import (
     StoppedError,
     Value,
     describe,
-    real_replica,
     record,
     record_replica,
     values_of,
 )
+from thinet.trace.replica import real_replica
 from thinet.types import ExampleInputs, as_call
 
 Environment = dict[int, torch.Tensor]

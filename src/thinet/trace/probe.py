@@ -19,15 +19,14 @@ from thinet.trace.groups import Analysis
 from thinet.trace.labels import Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
 from thinet.trace.record import (
-    Call,
     Op,
     Program,
     StoppedError,
     Value,
     leaves_of,
-    meta_twin,
     record_replica,
 )
+from thinet.trace.replica import Call, meta_twin
 from thinet.trace.rules import RULES
 from thinet.trace.rules.pointwise import NEW
 

@@ -17,7 +17,7 @@ from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Labeller
 from thinet.trace.probe import Mismatch, probe
-from thinet.trace.record import Call
+from thinet.trace.replica import Call
 from thinet.types import ChannelGroup
 
 

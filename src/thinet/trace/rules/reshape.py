@@ -121,8 +121,10 @@ def _block(
     if not named:
         free = bool(axes) and all(axis is ANY for axis in axes)
         return [ANY if free else FIXED for _ in after]
-    if prod(before) > LARGEST:
-        named, _ = [], [labels.lock(a, f"{op.where} merges it into a huge axis") for a in axes]
+    if not 0 < prod(before) <= LARGEST:
+        what = "merges it into a huge axis" if prod(before) else "reshapes a tensor of no entries"
+        for axis in axes:
+            labels.lock(axis, f"{op.where} {what}")
         return [FIXED for _ in after]
     if len(named) > 1:
         named = _keep_one(labels, op, before, axes, named, first)

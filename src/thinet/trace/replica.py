@@ -1,0 +1,101 @@
+"""Copies of a model to trace: without data where that will do, so that no weight is copied."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from thinet.errors import TraceError
+from thinet.surgery.explicit import all_explicit
+from thinet.types import ExampleInputs, as_call
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no data; the model's own are never copied."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        stores: list[Iterable[Any]] = [
+            module._parameters.values(),
+            module._buffers.values(),
+            module.__dict__.values(),
+        ]
+        for tensor in (t for store in stores for t in store if isinstance(t, torch.Tensor)):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _to_meta(tensor)
+    return copied(model, memo)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy`, with an error that says what could not be copied."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}); thinet never changes the model it "
+            "is given, so copy.deepcopy(model) must work: remove what blocks it (open files, "
+            "generators, non-leaf tensors kept as attributes)"
+        ) from error
+
+
+def meta_twin(replica: nn.Module) -> nn.Module:
+    """A copy of a model without data that shares its tensors; quicker than `copied`."""
+    modules = list(replica.modules())
+    if not all(t.is_meta for t in replica.state_dict(keep_vars=True).values()) or any(
+        hasattr(type(m), "__deepcopy__") for m in modules
+    ):
+        return copied(replica)
+    memo: dict[int, Any] = {id(m): type(m).__new__(type(m)) for m in modules}
+    for module in modules:
+        for store in (module._parameters, module._buffers):
+            memo.update({id(t): t for t in store.values() if t is not None})
+    for module in modules:
+        twin = memo[id(module)]
+        for name, value in module.__dict__.items():
+            if isinstance(value, SIMPLE):
+                made = value
+            elif name in ("_parameters", "_buffers"):
+                made = type(value)(value)
+            elif name == "_modules":
+                made = type(value)({k: m if m is None else memo[id(m)] for k, m in value.items()})
+            elif not value and type(value) in (dict, OrderedDict):
+                made = type(value)()
+            else:
+                made = copy.deepcopy(value, memo)
+            twin.__dict__[name] = made
+    return memo[id(replica)]
+
+
+SIMPLE = (int, float, str, bool, type(None), torch.dtype)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def meta_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
+    """A copy of the model and of its inputs without data."""
+    replica = meta_copy(model)
+    all_explicit(replica)
+    return replica, tree_map(
+        lambda leaf: _to_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
+    )
+
+
+def real_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
+    """A full copy of the model and of its inputs."""
+    replica = copied(model)
+    all_explicit(replica)
+    return replica, tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
+    )
