@@ -40,6 +40,8 @@ from thinet.iterate import iterate as iterate
 from thinet.plan import Plan as Plan
 from thinet.prune import prune as prune
 from thinet.recipes.apply import prune_by_recipe as prune_by_recipe
+from thinet.thin import read_channels as read_channels
+from thinet.thin import thin as thin
 from thinet.timing import Latency as Latency
 from thinet.timing import latencies as latencies
 from thinet.timing import latency as latency
@@ -52,11 +54,13 @@ if TYPE_CHECKING:
     from thinet.train.config import FinetuneConfig as FinetuneConfig
     from thinet.train.evaluate import evaluate as evaluate
     from thinet.train.finetune import finetune as finetune
+    from thinet.train.group_sparsity import GroupSparsity as GroupSparsity
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "FinetuneConfig": "thinet.train.config",
+    "GroupSparsity": "thinet.train.group_sparsity",
     "evaluate": "thinet.train.evaluate",
     "finetune": "thinet.train.finetune",
 }

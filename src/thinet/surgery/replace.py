@@ -18,6 +18,7 @@ from thinet.errors import CheckpointError
 from thinet.observe import preserved_rng
 from thinet.plan import EXPLICIT, Replacement
 from thinet.surgery.explicit import explicit_class, make_explicit
+from thinet.surgery.thin_conv import thin_convolution
 
 Builder = Callable[..., nn.Module]
 
@@ -43,6 +44,7 @@ BUILDERS: Mapping[str, Builder] = {
     "identity": identity,
     "global-average-pool": global_average_pool,
     "linear": linear,
+    "thin-convolution": thin_convolution,
 }
 """What can take a module's place, by the name that plans use."""
 

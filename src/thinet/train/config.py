@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from thinet.errors import OptionError
+from thinet.train.checks import out_of_range
+from thinet.train.group_sparsity import GroupSparsity
 
 Schedule = Literal["cosine", "step", "one-cycle", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -39,6 +40,7 @@ class FinetuneConfig:
         mixed_precision: `no`, `bf16` or `fp16` (with loss scaling).
         decay_norm_and_bias: whether weight decay also acts on normalisation weights and biases, as
             in the paper; False leaves out all parameters of fewer than two dimensions.
+        group_sparsity: None, or how whole kernel taps are driven to zero and held there.
         seed: of everything random in the run.
         log_dir: None, or a folder for TensorBoard logs. Does not change the run.
     """
@@ -59,6 +61,7 @@ class FinetuneConfig:
     accumulate: int = 1
     mixed_precision: Precision = "no"
     decay_norm_and_bias: bool = True
+    group_sparsity: GroupSparsity | None = None
     seed: int = 0
     log_dir: str | None = None
 
@@ -69,18 +72,18 @@ class FinetuneConfig:
             raise OptionError("fine-tuning options: " + "; ".join(faults))
 
     def _faults(self) -> Iterator[str]:
-        yield from _number("lr", self.lr, above=0)
-        yield from _number("momentum", self.momentum, least=0, below=1)
-        yield from _number("weight_decay", self.weight_decay, least=0)
-        yield from _number("gamma", self.gamma, above=0, below=1)
-        yield from _number("warmup_epochs", self.warmup_epochs, least=0)
-        yield from _number("label_smoothing", self.label_smoothing, least=0, below=1)
-        yield from _number("distill_weight", self.distill_weight, least=0, most=1)
-        yield from _number("temperature", self.temperature, above=0)
+        yield from out_of_range("lr", self.lr, above=0)
+        yield from out_of_range("momentum", self.momentum, least=0, below=1)
+        yield from out_of_range("weight_decay", self.weight_decay, least=0)
+        yield from out_of_range("gamma", self.gamma, above=0, below=1)
+        yield from out_of_range("warmup_epochs", self.warmup_epochs, least=0)
+        yield from out_of_range("label_smoothing", self.label_smoothing, least=0, below=1)
+        yield from out_of_range("distill_weight", self.distill_weight, least=0, most=1)
+        yield from out_of_range("temperature", self.temperature, above=0)
         if self.ema_decay is not None:
-            yield from _number("ema_decay", self.ema_decay, above=0, below=1)
+            yield from out_of_range("ema_decay", self.ema_decay, above=0, below=1)
         if self.clip_norm is not None:
-            yield from _number("clip_norm", self.clip_norm, above=0)
+            yield from out_of_range("clip_norm", self.clip_norm, above=0)
         for name, least in (("accumulate", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -98,6 +101,8 @@ class FinetuneConfig:
             yield f"milestones belong to schedule step, not to {self.schedule}"
         if self.schedule == "one-cycle" and self.warmup_epochs:
             yield "one-cycle warms up by itself; leave warmup_epochs at 0"
+        if not isinstance(self.group_sparsity, (GroupSparsity, type(None))):
+            yield f"group_sparsity must be a GroupSparsity or None, got {self.group_sparsity!r}"
         if self.nesterov and self.momentum == 0:
             yield "nesterov needs a momentum above 0"
 
@@ -118,29 +123,18 @@ class FinetuneConfig:
             raise OptionError(f"fine-tuning options are not JSON: {error}") from error
         if not isinstance(values, dict):
             raise OptionError(f"fine-tuning options must be a JSON object, got {text[:60]!r}")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise OptionError(
-                f"unknown fine-tuning options: {', '.join(unknown)}; known are {', '.join(known)}"
-            )
+        _check_names(values, cls)
+        inner = values.get("group_sparsity")
+        if isinstance(inner, dict):
+            _check_names(inner, GroupSparsity)
+            values["group_sparsity"] = GroupSparsity(**inner)
         return cls(**values)
 
 
-def _number(
-    name: str,
-    value: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> Iterator[str]:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = number and math.isfinite(value)
-    fits = fits and (least is None or value >= least) and (above is None or value > above)
-    fits = fits and (below is None or value < below) and (most is None or value <= most)
-    if not fits:
-        limits = [("at least", least), ("above", above), ("below", below), ("at most", most)]
-        words = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
-        yield f"{name} must be {words}, got {value!r}"
+def _check_names(values: dict[str, Any], kind: Any) -> None:
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise OptionError(
+            f"unknown fine-tuning options: {', '.join(unknown)}; known are {', '.join(known)}"
+        )

@@ -18,6 +18,7 @@ from thinet.train.config import FinetuneConfig
 from thinet.train.ema import Ema
 from thinet.train.evaluate import Evaluation, evaluate_feed
 from thinet.train.feed import Feed
+from thinet.train.group_sparsity import TapGroups
 from thinet.train.identity import differences
 from thinet.train.interrupt import Interrupts
 from thinet.train.logs import Logs
@@ -70,6 +71,8 @@ class Run:
         self.model, self.optimizer = copied(model, optimizer, config, processes)
         self.loss = Loss(config, teacher, processes.device)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay is not None else None
+        sparse, steps = config.group_sparsity, epochs * self.steps
+        self.taps = TapGroups(self.model, sparse, steps) if sparse is not None else None
         self.scaler = torch.amp.GradScaler(
             processes.device.type, init_scale=2.0**10, enabled=config.mixed_precision == "fp16"
         )
@@ -169,24 +172,30 @@ class Run:
         self._check_loss(sums[0], number)
         self.lr = learning_rate(self.config, number, self.steps, self.epochs)
         if sums[2]:
-            self._update(sums[2])
+            self._update(sums[2], number)
         self.sums = [a + b for a, b in zip(self.sums, sums[:3])] + [self.sums[3]]
         return bool(sums[3])
 
-    def _update(self, images: float) -> None:
+    def _update(self, images: float, number: int) -> None:
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.model.parameters() if p.grad is not None]
         for parameter in trained:
             assert parameter.grad is not None
             parameter.grad.div_(images)
+        if self.taps is not None:
+            self.taps.pull()
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.taps is not None:
+            self.taps.fix(number)
         if self.ema is not None:
             self.ema.update(self.model)
+            if self.taps is not None:
+                self.taps.hold(self.ema.model)
 
     def _end_epoch(self, validation: Feed | None, began: float) -> EpochRecord:
         loss, right, images, _ = self.sums
@@ -227,6 +236,8 @@ class Run:
         parts = {"model": self.model.state_dict(), "optimizer": optimizer}
         if self.ema is not None:
             parts["average"] = self.ema.model.state_dict()
+        if self.taps is not None:
+            parts["taps"] = self.taps.stays
         tensors = {
             f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()
         }
@@ -244,7 +255,8 @@ class Run:
         return tensors, facts
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
+        names = ("model", "optimizer", "average", "taps")
+        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
         for name, tensor in tensors.items():
             part, _, inner = name.partition(".")
             parts[part][inner] = tensor
@@ -253,6 +265,8 @@ class Run:
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["average"])
             self.ema.updates = facts["averaged"]
+        if self.taps is not None:
+            self.taps.restore(parts["taps"])
         self.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.step, self.lr = facts["epoch"], facts["step"], facts["lr"]
         self.sums = facts["sums"]
