@@ -105,6 +105,7 @@ def prune(
     repair_settings: RepairSettings | None = None,
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
+    analysis: Analysis | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -129,6 +130,8 @@ def prune(
         least: no group is made narrower than this by error.
         rows: how many output positions of each layer are looked at.
         normalised, choices: which groups there are, as for `find_groups`.
+        analysis: what `thinet.trace.analyse.analyse` found with these, where several prunes of one
+            model share it.
         verify: see that the cut, before the repair, computes what the silenced original computes.
         seed: of the sampled positions and random choices.
 
@@ -146,7 +149,8 @@ def prune(
     _check_settings(divisor, least, rows, repair_settings)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     clock = _Clock()
-    analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
+    if analysis is None:
+        analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     if budget.named is not None:
         only = named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
