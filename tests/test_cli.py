@@ -232,6 +232,27 @@ def test_finetune_keeps_the_cut_and_learns(thin: Run, small: Path, tmp_path: Pat
     assert json.loads(scored)["top1"] == 1.0
 
 
+def test_finetune_drives_out_taps_and_writes_the_thinner_product(
+    thin: Run, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "thin.safetensors"
+    code, text, _ = thin(
+        "finetune", "net.py:build", "images", "--weights", str(small), "--size", "8",
+        "--epochs", "2", "--batch", "8", "--group-sparsity", "1e-3", "--group-keep", "0.25",
+        "--group-layers", "4", "--thin", "--out", str(out), "--json",
+    )  # fmt: skip
+    assert code == 0
+    plan, tensors = read(out)
+    width = len(next(s.indices for s in read(small)[0].kept if s.parameter == "0.weight"))
+    assert [r.module for r in plan.replaced] == ["4"]
+    assert tensors["4.mix.weight"].shape[1] == width * 9 // 4
+    _, listed, _ = thin("inspect", "net.py:build", "--weights", str(out), "--size", "8", "--json")
+    assert (
+        from_dict(json.loads(listed)).networks[0].macs
+        == from_dict(json.loads(text)).networks[0].macs
+    )
+
+
 def test_report_turns_json_into_a_page(thin: Run, tmp_path: Path) -> None:
     _, text, _ = thin("inspect", "net.py:build", "--size", "8", "--json")
     kept = tmp_path / "kept.json"
@@ -325,6 +346,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "milestones": (
         ("finetune", MODEL[0], "images", *MODEL[1:], *OUT, "--milestones", "a"), "such as 4,8"
+    ),
+    "taps of nothing": (
+        ("finetune", MODEL[0], "images", *MODEL[1:], *OUT, "--group-keep", "0.5"),
+        "--group-keep belongs to --group-sparsity LAMBDA",
     ),
     "no report": (("report", "net.py"), "net.py is not JSON"),
     "report missing": (("report", "no.json"), "cannot read no.json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,11 @@ from thinet.count import count
 from thinet.errors import OptionError
 from thinet.plan import Plan
 from thinet.report.data import Network, Report
+from thinet.thin import thin as without_zero_taps
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 from thinet.train.evaluate import evaluate
 from thinet.train.finetune import finetune as train
+from thinet.train.group_sparsity import GroupSparsity
 
 
 def finetune(
@@ -53,6 +55,30 @@ def finetune(
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
     precision: Annotated[Precision, typer.Option(help="Mixed precision.")] = "no",
+    group_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LAMBDA",
+            help="Drive whole kernel taps to zero (Group-wise Brain Damage): weight of the "
+            "penalty, such as 1e-4; 0 only holds and fixes taps.",
+        ),
+    ] = None,
+    group_keep: Annotated[
+        float | None, typer.Option(help="Fraction of each convolution's taps that stays.")
+    ] = None,
+    group_truncate: Annotated[
+        float | None, typer.Option(help="Norm from which on a tap is not pulled at.")
+    ] = None,
+    group_layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Convolutions that lose taps; repeatable."),
+    ] = None,
+    thin: Annotated[
+        bool,
+        typer.Option(
+            "--thin", help="Write convolutions that lost taps as thinner products of those left."
+        ),
+    ] = False,
     crop: Annotated[
         Crop, typer.Option(help="Random part of a picture, or moved a little (CIFAR), or none.")
     ] = "resized",
@@ -93,6 +119,7 @@ def finetune(
         lr=lr, schedule=schedule, milestones=whole_numbers(milestones), momentum=momentum,
         weight_decay=weight_decay, label_smoothing=label_smoothing, ema_decay=ema,
         clip_norm=clip, accumulate=accumulate, mixed_precision=precision, seed=seed,
+        group_sparsity=_taps(group_sparsity, group_keep, group_truncate, group_layers),
     )  # fmt: skip
     named = network(model, weights, classes=classes, device=device)
     dense = network(model, teacher, classes=classes, device=device).model if teacher else None
@@ -115,7 +142,12 @@ def finetune(
             ),
         )  # fmt: skip
     curve = tuple(r.validation.top1 for r in result.history if r.validation is not None)
-    save(out, result.model, named.plan or Plan())
+    trained, plan = result.model, named.plan or Plan()
+    if thin:
+        made = without_zero_taps(trained)
+        trained, plan = made.model, plan.then(made.plan)
+        counts = count(trained, example(trained, prepared.size))
+    save(out, trained, plan)
     if state is None:
         shutil.rmtree(folder, ignore_errors=True)
     shown = Report(
@@ -131,6 +163,24 @@ def finetune(
     if report is not None:
         write_report(shown, report)
     console.show(shown, as_json=as_json)
+
+
+def _taps(
+    strength: float | None, keep: float | None, truncate: float | None, layers: list[str] | None
+) -> GroupSparsity | None:
+    """Which kernel taps are driven out, if any.
+
+    Raises:
+        OptionError: out of range, or said of nothing.
+    """
+    given = {"keep": keep, "truncate": truncate, "layers": tuple(layers) if layers else None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if strength is not None:
+        return GroupSparsity(strength, **options)
+    if options:
+        names = " and ".join(f"--group-{name}" for name in options)
+        raise OptionError(f"{names} belongs to --group-sparsity LAMBDA; give it too (0 is allowed)")
+    return None
 
 
 def whole_numbers(text: str | None) -> tuple[int, ...]:
