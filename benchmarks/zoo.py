@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,16 @@ PER_FAMILY = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A model in eval mode and inputs on which it runs."""
+    """A model in eval mode and inputs on which it runs.
+
+    `as_made`: its own first weights are the test's; with the wild ones of the oracle a detector
+    would find no box.
+    """
 
     model: nn.Module
     inputs: Any
     family: str
+    as_made: bool = False
 
 
 def image(*size: int) -> Tensor:
@@ -53,9 +59,12 @@ def torchvision_case(name: str) -> Case:
         size = 224 if name.startswith(("mvit", "s3d", "swin")) else 112
         return Case(models.get_model(name, **options), image(1, 3, frames, size, size), "video")
     if name in models.list_models(module=models.detection):
-        define_nms()
+        define_operators()
         model = models.get_model(name, weights_backbone=None, **options)
-        return Case(model, ([image(3, 320, 320)],), "detection")
+        transform: Any = model.transform
+        if not name.startswith("ssd"):  # theirs is fixed; the others take pictures as they come
+            transform.min_size, transform.max_size = (SIDE,), SIDE
+        return Case(model, ([image(3, SIDE, SIDE)],), "detection", as_made=True)
     if name in models.list_models(module=models.optical_flow):
         model = models.get_model(name, **options)
         return Case(model, (image(1, 3, 128, 128), image(1, 3, 128, 128)), "optical flow")
@@ -66,26 +75,36 @@ def torchvision_case(name: str) -> Case:
     return Case(model, image(1, 3, size, size), type(model).__module__.rsplit(".", 1)[-1])
 
 
-def define_nms() -> None:
-    """Detection models end in an operator that this torchvision may lack; its plain meaning."""
+SIDE = 192
+"""Of the pictures for detectors, in pixels."""
+
+
+def define_operators() -> None:
+    """Detectors need two operators that this torchvision may lack; their plain meaning."""
 
     def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        from torchvision.ops import box_iou
-
-        order, kept = scores.argsort(descending=True).tolist(), []
+        left, kept = scores.argsort(descending=True, stable=True), []
         overlap = box_iou(boxes, boxes)
-        for i in order:
-            if all(overlap[i, j] <= threshold for j in kept):
-                kept.append(i)
+        while left.numel():
+            kept.append(int(left[0]))
+            left = left[1:][overlap[left[0], left[1:]] <= threshold]
         return torch.tensor(kept, dtype=torch.long)
 
-    from torchvision.ops import boxes
+    if LIBRARIES or torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+        return
+    from torchvision.ops import box_iou, boxes
 
-    boxes._assert_has_ops = lambda: None
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not has("torchvision::nms", "CPU"):
-        LIBRARIES.append(torch.library.Library("torchvision", "IMPL"))
-        LIBRARIES[-1].impl("nms", nms, "CPU")
+    pooling: Any = sys.modules["torchvision.ops.roi_align"]
+    boxes._assert_has_ops = pooling._assert_has_ops = lambda: None
+    pooling._has_ops = lambda: True
+    torch.compiler.set_stance("force_eager")  # theirs would compile itself
+    LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+    LIBRARIES[0].impl("nms", nms, "CPU")
+    LIBRARIES[0].define(
+        "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
+        "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor"
+    )
+    LIBRARIES[0].impl("roi_align", pooling._roi_align, "CPU")
 
 
 LIBRARIES: list[torch.library.Library] = []
