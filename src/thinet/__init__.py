@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 # Verbs that share their file's name are loaded here, so that the name is always the verb.
 from thinet import errors as errors
+from thinet import export as export
 from thinet.budget import Budget as Budget
 from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
 from thinet.checkpoint import load as load
@@ -23,6 +24,7 @@ from thinet.errors import BudgetError as BudgetError
 from thinet.errors import CalibrationError as CalibrationError
 from thinet.errors import CheckpointError as CheckpointError
 from thinet.errors import DataError as DataError
+from thinet.errors import ExportError as ExportError
 from thinet.errors import IndicesError as IndicesError
 from thinet.errors import LockedGroupError as LockedGroupError
 from thinet.errors import MissingExtraError as MissingExtraError

@@ -70,3 +70,7 @@ class TrainingError(ThinetError):
 
 class RecipeError(ThinetError):
     """A recipe that is not known, or that does not fit the model."""
+
+
+class ExportError(ThinetError):
+    """A model that cannot be exported, or a written file that does not compute what it does."""

@@ -12,6 +12,7 @@ from thinet.cli import console
 from thinet.cli.bench import bench
 from thinet.cli.demo import demo
 from thinet.cli.evaluate import evaluate
+from thinet.cli.export import export
 from thinet.cli.finetune import finetune
 from thinet.cli.inspect import inspect
 from thinet.cli.iterate import iterate
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 COMMANDS = {
     command.__name__: command
-    for command in (demo, inspect, prune, iterate, finetune, evaluate, bench, report, paper)
+    for command in (demo, inspect, prune, iterate, finetune, evaluate, bench, export, report, paper)
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
