@@ -69,7 +69,8 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
                 hopeless.add(kind)
             for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
                 for name in [group.name, *_twins(pristine, group, found.module, suspects)]:
-                    refused.append((suspects.pop(name), found))
+                    if name in suspects:  # not yet as another culprit's twin
+                        refused.append((suspects.pop(name), found))
     return Checked(analysis, tuple(refused))
 
 
