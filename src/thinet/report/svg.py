@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 
 from thinet.report.data import Group, Network
+from thinet.report.shapes import WIDTH, drawing, rect, spread, text, ticks
 from thinet.report.text import percent
 
-WIDTH = 760
 LABEL = 190
 """Room for names left of bars, in px of the drawing's own grid."""
 
@@ -26,7 +25,7 @@ def accuracy_bars(networks: Sequence[Network]) -> str:
     body = [_grid(span, top, height - 22)]
     for i, network in enumerate(shown):
         y = top + i * row
-        body.append(_text(LABEL - 10, y + row / 2, network.name, "end", "name"))
+        body.append(text(LABEL - 10, y + row / 2, network.name, "end", "name"))
         pair = [(network.top1, "pale"), (network.top1_tuned, "full")]
         bars = [(v, c if tuned and network.top1_tuned is not None else "full") for v, c in pair]
         bars = [(value, css) for value, css in bars if value is not None]
@@ -34,10 +33,10 @@ def accuracy_bars(networks: Sequence[Network]) -> str:
         for j, (value, css) in enumerate(bars):
             kind = "dense" if network is networks[0] else css
             at = y + 4 + j * thick
-            body.append(_rect(LABEL, at, span * value, thick - 1, kind))
+            body.append(rect(LABEL, at, span * value, thick - 1, kind))
             label = percent(value)
-            body.append(_text(LABEL + span * value + 6, at + thick / 2, label, "start", "value"))
-    return _svg(height, "Top-1 accuracy of each network", body)
+            body.append(text(LABEL + span * value + 6, at + thick / 2, label, "start", "value"))
+    return drawing(height, "Top-1 accuracy of each network", body)
 
 
 def _grid(span: float, top: float, bottom: float) -> str:
@@ -45,7 +44,7 @@ def _grid(span: float, top: float, bottom: float) -> str:
     for tenth in range(0, 11, 2):
         x = LABEL + span * tenth / 10
         parts.append(f'<line class="grid" x1="{x:g}" x2="{x:g}" y1="{top:g}" y2="{bottom:g}"/>')
-        parts.append(_text(x, bottom + 14, f"{tenth * 10}%", "middle", "tick"))
+        parts.append(text(x, bottom + 14, f"{tenth * 10}%", "middle", "tick"))
     return "".join(parts)
 
 
@@ -57,7 +56,7 @@ def curves(networks: Sequence[Network]) -> str:
     first = 0 if all(n.top1 is not None for n, _ in lines) else 1
     dense = networks[0].best if not networks[0].curve else None
     values = [v for _, line in lines for v in line] + ([] if dense is None else [dense])
-    low, high, step = _scale(min(values), max(values))
+    low, high, step = ticks(min(values), max(values))
     left, top, right, bottom = 52, 10, WIDTH - 180, 250
     last = max(len(line) for _, line in lines) - 1
 
@@ -70,11 +69,11 @@ def curves(networks: Sequence[Network]) -> str:
         value = low + step * i
         _, y = place(0, value)
         body.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(_text(left - 8, y, f"{100 * value:.0f}%", "end", "tick"))
+        body.append(text(left - 8, y, f"{100 * value:.0f}%", "end", "tick"))
     for epoch in range(last + 1):
         label = "no training" if epoch + first == 0 else str(epoch + first)
-        body.append(_text(place(epoch, low)[0], bottom + 16, label, "middle", "tick"))
-    body.append(_text((left + right) / 2, bottom + 34, "epochs of fine-tuning", "middle", "tick"))
+        body.append(text(place(epoch, low)[0], bottom + 16, label, "middle", "tick"))
+    body.append(text((left + right) / 2, bottom + 34, "epochs of fine-tuning", "middle", "tick"))
     ends: list[tuple[float, str, str]] = []
     if dense is not None:
         y = place(0, dense)[1]
@@ -89,26 +88,9 @@ def curves(networks: Sequence[Network]) -> str:
             tip = f"<title>{escape(network.name)}: {percent(value)}</title>"
             body.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="3">{tip}</circle>')
         ends.append((place(0, line[-1])[1], network.name, f"text{i % 6}"))
-    for y, name, css in _spread(ends, 15.0):
-        body.append(_text(right + 10, y, name, "start", css))
-    return _svg(bottom + 46, "Top-1 accuracy over the epochs of fine-tuning", body)
-
-
-def _scale(least: float, most: float) -> tuple[float, float, float]:
-    """Lowest and highest tick and the step between, round numbers, at most six steps."""
-    for step in (0.01, 0.02, 0.05, 0.1, 0.2):
-        low, high = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
-        if high - low <= 6:
-            return low * step, max(high, low + 1) * step, step
-    return 0.0, 1.0, 0.2
-
-
-def _spread(labels: list[tuple[float, str, str]], gap: float) -> list[tuple[float, str, str]]:
-    """Labels moved down as far as needed not to lie on each other."""
-    placed: list[tuple[float, str, str]] = []
-    for y, name, css in sorted(labels):
-        placed.append((max(y, placed[-1][0] + gap) if placed else y, name, css))
-    return placed
+    for y, name, css in spread(ends, 15.0):
+        body.append(text(right + 10, y, name, "start", css))
+    return drawing(bottom + 46, "Top-1 accuracy over the epochs of fine-tuning", body)
 
 
 def widths(groups: Sequence[Group]) -> str:
@@ -123,40 +105,17 @@ def widths(groups: Sequence[Group]) -> str:
         y = top + i * row
         kept = group.channels if group.kept is None else group.kept
         small = "name small" if row < 20 else "name"
-        body.append(_text(LABEL - 10, y + row / 2, _fit(group.name), "end", small, group.name))
-        body.append(_rect(LABEL, y + 2, span * group.channels / widest, row - 5, "before"))
+        body.append(text(LABEL - 10, y + row / 2, _fit(group.name), "end", small, group.name))
+        body.append(rect(LABEL, y + 2, span * group.channels / widest, row - 5, "before"))
         css = "locked" if group.locked else "full"
-        body.append(_rect(LABEL, y + 2, span * kept / widest, row - 5, css))
+        body.append(rect(LABEL, y + 2, span * kept / widest, row - 5, css))
         label = str(group.channels) if kept == group.channels else f"{group.channels} → {kept}"
         if group.locked:
             label += " locked"
         x = LABEL + span * group.channels / widest + 6
-        body.append(_text(x, y + row / 2, label, "start", small.replace("name", "value")))
-    return _svg(top + row * len(groups) + 4, "Channels of each group before and after", body)
+        body.append(text(x, y + row / 2, label, "start", small.replace("name", "value")))
+    return drawing(top + row * len(groups) + 4, "Channels of each group before and after", body)
 
 
 def _fit(name: str, letters: int = 26) -> str:
     return name if len(name) <= letters else "…" + name[-letters + 1 :]
-
-
-def _svg(height: float, title: str, body: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">'
-        + "".join(body)
-        + "</svg>"
-    )
-
-
-def _rect(x: float, y: float, width: float, height: float, css: str) -> str:
-    return (
-        f'<rect class="{css}" x="{x:g}" y="{y:.1f}" width="{max(width, 0):.1f}" '
-        f'height="{height:.1f}" rx="2"/>'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str, css: str, tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip and tip != text else ""
-    return (
-        f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" dy="0.35em" text-anchor="{anchor}">'
-        f"{escape(text)}{title}</text>"
-    )
