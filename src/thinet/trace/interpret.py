@@ -7,7 +7,8 @@ later one needs, and change a weight before it is used, all in one forward pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,24 +108,23 @@ class Execution:
         Raises:
             CalibrationError: a batch does not fit the model.
         """
+        with self.started(batches) as lane:
+            for index in order if order is not None else range(len(lane.program.ops)):
+                lane.step(index, before=before, after=after)
+            return lane.outputs()
+
+    @contextmanager
+    def started(self, batches: Sequence[ExampleInputs]) -> Iterator[Lane]:
+        """All batches at the start of the program, to be moved forward one operation at a time.
+
+        Raises:
+            CalibrationError: a batch does not fit the model.
+        """
         programs = [self.program(batch) for batch in batches]
         with torch.no_grad(), preserved_rng(), plain_attention():
             torch.manual_seed(0)  # what a forward draws is the same in each run
             envs = [self._begin(p, b) for p, b in zip(programs, batches, strict=True)]
-            uses = [_uses(program) for program in programs]
-            for index in order if order is not None else range(len(programs[0].ops)):
-                if before is not None:
-                    before(programs[0].ops[index], envs)
-                for program, env in zip(programs, envs, strict=True):
-                    self._step(program.ops[index], env)
-                if after is not None:
-                    after(programs[0].ops[index], envs)
-                for program, env, left in zip(programs, envs, uses, strict=True):
-                    _free(program.ops[index], env, left)
-            return [
-                tree_map(lambda x, env=env: env[x.id] if isinstance(x, Value) else x, p.outputs)
-                for p, env in zip(programs, envs, strict=True)
-            ]
+            yield Lane(self, programs, envs)
 
     def _begin(self, program: Program, batch: ExampleInputs) -> Environment:
         env: Environment = {}
@@ -141,7 +141,9 @@ class Execution:
             env[value_id] = self.tensors[program.names[value_id]].clone()
         return _Backed(env, self.tensors, program.names)
 
-    def _step(self, op: Op, env: Environment) -> None:
+    def compute(self, op: Op, env: Environment) -> None:
+        """Run one operation on one batch's tensors."""
+
         def real(x: Any) -> Any:
             if isinstance(x, Value):
                 return env[x.id]
@@ -160,6 +162,71 @@ class Execution:
                     f"model was recorded and is {tensor} in this batch; calibration needs a "
                     "forward that does the same for every batch (no .item(), no bool of a tensor)"
                 )
+
+
+class Lane:
+    """Batches on their way through a program, all at the same operation.
+
+    Attributes:
+        program: that of the first batch.
+        envs: the tensors of each batch that are still needed.
+        done: indices of the operations that have run.
+    """
+
+    def __init__(
+        self, execution: Execution, programs: Sequence[Program], envs: Sequence[Environment]
+    ) -> None:
+        self.program, self.envs = programs[0], envs
+        self.done: set[int] = set()
+        self._execution, self._programs = execution, programs
+        self._uses = [_uses(program) for program in programs]
+
+    def step(
+        self, index: int, *, before: Observer | None = None, after: Observer | None = None
+    ) -> None:
+        """Run one operation in all batches and free what no later one reads."""
+        if before is not None:
+            before(self.program.ops[index], self.envs)
+        for program, env in zip(self._programs, self.envs, strict=True):
+            self._execution.compute(program.ops[index], env)
+        if after is not None:
+            after(self.program.ops[index], self.envs)
+        for program, env, left in zip(self._programs, self.envs, self._uses, strict=True):
+            _free(program.ops[index], env, left)
+        self.done.add(index)
+
+    def try_ops(
+        self, number: int, indices: Sequence[int], given: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """What some operations would make of one batch; nothing of it is kept.
+
+        Args:
+            number: the batch.
+            indices: operations in order; what they read has been made, by them or before.
+            given: tensors that stand in for others, by value id.
+        """
+        env = _Tried(given, self.envs[number])
+        for index in indices:
+            self._execution.compute(self._programs[number].ops[index], env)
+        return env
+
+    def outputs(self) -> list[Any]:
+        """What the model returns for each batch, once all has run."""
+        return [
+            tree_map(lambda x, env=env: env[x.id] if isinstance(x, Value) else x, p.outputs)
+            for p, env in zip(self._programs, self.envs, strict=True)
+        ]
+
+
+class _Tried(dict[int, torch.Tensor]):
+    """Tensors that are tried on top of a batch's own."""
+
+    def __init__(self, given: Mapping[int, torch.Tensor], below: Environment) -> None:
+        super().__init__(given)
+        self._below = below
+
+    def __missing__(self, key: int) -> torch.Tensor:
+        return self._below[key]
 
 
 class _Backed(dict[int, torch.Tensor]):
@@ -226,7 +293,7 @@ def dependencies(program: Program) -> list[set[int]]:
         needs = {maker[v.id] for v in op.inputs() if v.id in maker}
         storages = {v.storage for v in op.inputs()}
         needs |= {written[s] for s in storages if s in written}
-        for s in _written(op):
+        for s in storages_written(op):
             needs |= read.get(s, set())
             written[s] = op.index
             read[s] = set()
@@ -239,7 +306,7 @@ def dependencies(program: Program) -> list[set[int]]:
     return found
 
 
-def _written(op: Op) -> set[int]:
+def storages_written(op: Op) -> set[int]:
     """Memory that an operation writes into."""
     if op.name == "aten.native_batch_norm":  # its schema does not say so
         return {v.storage for v in values_of(op.args[3:5])} if op.args[5] else set()
@@ -257,7 +324,7 @@ def _written(op: Op) -> set[int]:
 
 def _changed(program: Program) -> set[int]:
     """Values that were there before the first operation and whose memory some operation writes."""
-    written = {storage for op in program.ops for storage in _written(op)}
+    written = {storage for op in program.ops for storage in storages_written(op)}
     given = program.names.keys() | program.constants.keys()
     return {
         value.id
