@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, columns_of
 from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
+from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import dense_weight, output_rows, patches
 from thinet.calibrate.statistics import site_gram
 from thinet.errors import OptionError
@@ -185,53 +186,9 @@ class _Pass:
 
     def _order(self) -> list[int]:
         """As recorded, but what a shortcut needs comes before the layer that makes up for it."""
-        done: set[int] = set()
-        waiting: set[int] = set()
-        order: list[int] = []
-
-        def visit(index: int) -> None:
-            if index in done:
-                return
-            for need in sorted(self.needs[index]):
-                visit(need)
-            layer = self.layers.get(index)
-            if layer is not None and layer.shortcut is not None:
-                # Two layers that are added up are each other's shortcut: one goes without.
-                source = self._last_writer(layer)
-                waiting.add(index)
-                if source not in done and not any(self._behind(source, w) for w in waiting):
-                    visit(source)
-                waiting.remove(index)
-            if index not in done:
-                done.add(index)
-                order.append(index)
-
-        for op in self.program.ops:
-            visit(op.index)
-        return order
-
-    def _last_writer(self, layer: Layer) -> int:
-        """The operation after which the shortcut is as it will be added."""
-        assert layer.shortcut is not None and layer.add is not None
-        storage = layer.shortcut.storage
-        writers = (
-            op.index
-            for op in self.program.ops[: layer.add]
-            if any(value.storage == storage for value in op.outputs())
-        )
-        return max(writers, default=layer.op)
-
-    def _behind(self, later: int, earlier: int) -> bool:
-        """Whether one operation needs another to have run."""
-        pending, met = [later], set[int]()
-        while pending:
-            index = pending.pop()
-            if index == earlier:
-                return True
-            fresh = {n for n in self.needs[index] if n >= earlier} - met
-            met |= fresh
-            pending.extend(fresh)
-        return False
+        sources = {i: shortcut_source(self.program, layer) for i, layer in self.layers.items()}
+        first = {i: [source] for i, source in sources.items() if source is not None}
+        return in_order(self.program, self.needs, first)
 
     def _before(self, op: Op, envs: Sequence[Environment]) -> None:
         layer = self.layers.get(op.index)
