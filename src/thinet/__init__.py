@@ -18,6 +18,7 @@ from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
 from thinet.checkpoint import load as load
 from thinet.checkpoint import load_plan as load_plan
 from thinet.checkpoint import save as save
+from thinet.compare import compare as compare
 from thinet.count import count as count
 from thinet.cut import cut as cut
 from thinet.errors import BudgetError as BudgetError
