@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from thinet.cells import Point, Spread
 from thinet.errors import OptionError
 
 
@@ -63,6 +64,7 @@ class Report:
         networks: what was measured, the network that all others are compared with first.
         chosen: name of the network that the big numbers are about; None takes the last.
         groups: the groups, in the order of the network.
+        points: methods over budgets and seeds, compared with the first network.
         notes: sentences that a reader must not miss.
         facts: how it was made (command, seed, device, versions), name and value.
     """
@@ -72,6 +74,7 @@ class Report:
     networks: tuple[Network, ...] = ()
     chosen: str | None = None
     groups: tuple[Group, ...] = ()
+    points: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -115,6 +118,7 @@ def from_dict(data: Mapping[str, Any]) -> Report:
             networks=tuple(_network(n) for n in data.get("networks", ())),
             chosen=data.get("chosen"),
             groups=tuple(_group(g) for g in data.get("groups", ())),
+            points=tuple(_point(p) for p in data.get("points", ())),
             notes=tuple(str(n) for n in data.get("notes", ())),
             facts=tuple((str(k), str(v)) for k, v in dict(data.get("facts", {})).items()),
         )
@@ -143,6 +147,16 @@ def _group(data: Mapping[str, Any]) -> Group:
     group = Group(**values)
     _check_numbers(group.name, (group.channels, group.kept))
     return group
+
+
+def _point(data: Mapping[str, Any]) -> Point:
+    spreads = {k: Spread(**v) for k, v in data.items() if isinstance(v, Mapping)}
+    values: dict[str, Any] = {**data, **spreads}
+    point = Point(**values)
+    name = f"{point.method}, {point.budget}"
+    _check_numbers(name, (point.seeds, point.failed, point.seconds, point.macs, point.params))
+    _check_numbers(name, [n for s in spreads.values() for n in (s.mean, s.deviation)])
+    return point
 
 
 def _check_numbers(name: str, values: Iterable[object]) -> None:

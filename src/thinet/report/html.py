@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from thinet.report import svg
+from thinet.report.chart import method_chart
 from thinet.report.data import Group, Network, Report
+from thinet.report.methods import method_table
 from thinet.report.text import Figure, columns, figures, locked_reasons
 
 STYLE = """
@@ -68,8 +70,10 @@ svg .full { fill: var(--full); } svg .pale { fill: var(--pale); } svg .dense { f
 svg .locked { fill: var(--dense); } svg .before { fill: var(--rule); }
 svg polyline { fill: none; stroke-width: 2; }
 svg circle { stroke: var(--card); stroke-width: 1; }
+svg polygon { opacity: 0.15; }
+svg polyline.again { stroke-dasharray: 6 3; }
 """ + "".join(
-    f"svg polyline.line{i} {{ stroke: var(--l{i}); }} "
+    f"svg polyline.line{i} {{ stroke: var(--l{i}); }} svg polygon.line{i} {{ fill: var(--l{i}); }} "
     f"svg circle.line{i}, svg text.text{i} {{ fill: var(--l{i}); }}\n"
     for i in range(6)
 )
@@ -81,9 +85,10 @@ def render(report: Report) -> str:
     if report.summary:
         parts.append(f'<p class="summary">{escape(report.summary)}</p>')
     parts.append(_figures(figures(report)))
-    if report.networks:
-        parts += ["<h2>Networks</h2>", _panel(_networks(report))]
-    parts += _accuracy(report.networks)
+    if report.points:
+        parts += _methods(report)
+    elif report.networks:
+        parts += ["<h2>Networks</h2>", _panel(_networks(report)), *_accuracy(report.networks)]
     parts += _widths(report.groups)
     parts += _list("Locked groups", locked_reasons(report))
     parts += _list("Notes", report.notes)
@@ -121,6 +126,24 @@ def _networks(report: Report) -> str:
         chosen = ' class="chosen"' if network is report.headline else ""
         rows.append(f"<tr{chosen}>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _methods(report: Report) -> list[str]:
+    parts: list[str] = []
+    for title, tuned in (("Without training", False), ("After fine-tuning", True)):
+        chart = method_chart(report, tuned=tuned)
+        if chart:
+            parts += [f"<h2>{title}</h2>", _panel(chart)]
+    caption = "Mean over seeds ± one sample standard deviation; the bands above are as wide."
+    headings, rows = method_table(report)
+    head = "".join(f"<th>{escape(h)}</th>" for h in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    several = any(p.seeds > 1 for p in report.points)
+    told = [f'<p class="caption">{caption}</p>'] if several else []
+    return [*parts, "<h2>Methods</h2>", *told, _panel(table)]
 
 
 def _accuracy(networks: Sequence[Network]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from thinet.report.data import Report
+from thinet.report.methods import method_table
 from thinet.report.text import MISSING, columns, locked_reasons
 
 
@@ -13,7 +14,9 @@ def render(report: Report) -> str:
     parts = [f"# {report.title}"]
     if report.summary:
         parts.append(report.summary)
-    if report.networks:
+    if report.points:
+        parts.append(table(*method_table(report)))
+    elif report.networks:
         shown = columns(report)
         rows = [[n.name, *(cell(n) for _, cell in shown)] for n in report.networks]
         parts.append(table(["network", *(heading for heading, _ in shown)], rows))

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thinet.report.data import Report
+from thinet.report.methods import method_table
 from thinet.report.text import columns, figures, locked_reasons
 
 BAR_CELLS = 20
@@ -23,7 +24,9 @@ def render(report: Report, *, groups: bool = True) -> RenderableType:
     parts: list[RenderableType] = [Text(report.title, style="bold")]
     if report.summary:
         parts.append(Text(report.summary))
-    if report.networks:
+    if report.points:
+        parts.append(methods_table(report))
+    elif report.networks:
         parts.append(networks_table(report))
     if groups and report.groups:
         parts.append(groups_table(report))
@@ -47,6 +50,18 @@ def networks_table(report: Report) -> Table:
     for network in report.networks:
         style = "bold green" if network is headline else None
         table.add_row(network.name, *(cell(network) for _, cell in shown), style=style)
+    return table
+
+
+def methods_table(report: Report) -> Table:
+    """One row a method and budget, the dense network first."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    headings, rows = method_table(report)
+    for number, heading in enumerate(headings):
+        width = max(map(len, heading.split()))
+        table.add_column(heading, justify="right" if number > 1 else "left", min_width=width)
+    for row in rows:
+        table.add_row(*row, style="yellow" if "failed" in row else None)
     return table
 
 

@@ -1,0 +1,100 @@
+"""Methods side by side: the rows of their table and the lines of their drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from thinet.cells import Point, Spread
+from thinet.report.data import Report
+from thinet.report.text import MISSING, amount, percent
+
+Column = tuple[str, Callable[[Point], str]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One method at one budget in a drawing: `x` is the fraction that stays."""
+
+    x: float
+    y: Spread
+    budget: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in a drawing, its marks from left to right."""
+
+    name: str
+    marks: tuple[Mark, ...]
+
+
+def spread(value: Spread | None) -> str:
+    """Mean and sample standard deviation of a fraction: '84.4 ± 0.2%'."""
+    if value is None:
+        return MISSING
+    if value.deviation is None:
+        return percent(value.mean)
+    return f"{100 * value.mean:.1f} ± {100 * value.deviation:.1f}%"
+
+
+def method_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the methods, the dense network first; empty without methods."""
+    points = report.points
+    if not points:
+        return [], []
+    tuned = any(p.top1_tuned is not None for p in points)
+    columns: list[Column] = [
+        ("method", lambda p: p.method),
+        ("budget", lambda p: p.budget),
+        ("MACs", lambda p: MISSING if p.macs is None else amount(p.macs)),
+        ("params", lambda p: MISSING if p.params is None else amount(p.params)),
+        (
+            "untrained top-1" if tuned else "top-1",
+            lambda p: spread(p.top1) if p.seeds else "failed",
+        ),
+    ]
+    if tuned:
+        columns.append(("fine-tuned top-1", lambda p: spread(p.top1_tuned)))
+    if any(p.top5 is not None and p.top5.mean < 1 for p in points):
+        columns.append(("untrained top-5" if tuned else "top-5", lambda p: spread(p.top5)))
+        if tuned:
+            columns.append(("fine-tuned top-5", lambda p: spread(p.top5_tuned)))
+    if any(p.failed for p in points):
+        columns.append(("seeds", lambda p: f"{p.seeds} of {p.seeds + p.failed}"))
+    rows = [[cell(point) for _, cell in columns] for point in points]
+    dense = report.dense
+    if dense is not None:
+        known = [dense.name, "", amount(dense.macs), amount(dense.params), percent(dense.top1)]
+        rows.insert(0, known + [""] * (len(columns) - len(known)))
+    return [heading for heading, _ in columns], rows
+
+
+def method_lines(report: Report, *, tuned: bool) -> tuple[Line, ...]:
+    """A line for each method that was measured, before or after fine-tuning."""
+    by_method: dict[str, list[Mark]] = {}
+    for point in report.points:
+        y, x = point.top1_tuned if tuned else point.top1, _kept(report, point)
+        if y is not None and x is not None:
+            by_method.setdefault(point.method, []).append(Mark(x, y, point.budget))
+    return tuple(
+        Line(name, tuple(sorted(marks, key=lambda mark: mark.x)))
+        for name, marks in by_method.items()
+    )
+
+
+def kept_what(report: Report) -> str:
+    """What the fraction on the horizontal axis is of."""
+    return "channels that stay" if _all_keep(report) else "multiply-adds that stay"
+
+
+def _kept(report: Report, point: Point) -> float | None:
+    if _all_keep(report):
+        return float(point.budget.removeprefix("keep="))
+    if report.dense is None or point.macs is None:
+        return None
+    return point.macs / report.dense.macs
+
+
+def _all_keep(report: Report) -> bool:
+    return all(point.budget.startswith("keep=") for point in report.points)
