@@ -39,6 +39,8 @@ from tests.nets import (
 )
 from tests.oracle import outputs, randomise
 from thinet.errors import CalibrationError
+from thinet.store import Store
+from thinet.trace.environment import peak_bytes
 from thinet.trace.interpret import Execution, dependencies
 from thinet.trace.record import Program, values_of
 from thinet.types import call
@@ -205,6 +207,76 @@ def test_any_order_that_the_dependencies_allow_gives_the_same(cls: type[Net]) ->
         moved += order != sorted(order)
         close(execution.run([inputs], order=order)[0], model, inputs)
     assert moved or all(i - 1 in n for i, n in enumerate(dependencies(program)) if i)
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_batches_that_rest_in_a_file_between_stretches_give_the_same(cls: type[Net]) -> None:
+    model, inputs = prepared(cls)
+    execution, store = Execution(model), Store()
+    store.limit = 0
+    program = execution.program(inputs)
+    met: list[int] = []
+
+    def before(op: Any, envs: Any) -> None:
+        met.append(op.index)
+        given = [value for value in op.inputs() if value.id in envs[0]]
+        assert all(envs[0][v.id].shape == v.shape for v in given)  # resting ones can be read
+
+    meet = range(0, len(program.ops), 3)
+    found = execution.run([inputs, inputs], before=before, meet=meet, store=store)
+    assert met == list(meet) and store.spilled and not store.held
+    for out in found:
+        close(out, model, inputs)
+
+
+def test_between_meetings_each_batch_goes_alone() -> None:
+    model = randomise(BatchNormVGG()).eval()
+    batches = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    execution, met = Execution(model), []
+    found = execution.run(batches, before=lambda op, envs: met.append(op.index), meet={4, 2})
+    assert met == [2, 4]
+    for out, batch in zip(found, batches, strict=True):
+        close(out, model, batch)
+
+
+def test_images_keep_their_layout_where_a_view_is_written_into() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y.view(-1)[:5] = 7.0
+            return y
+
+    model, x = Written(), torch.randn(2, 3, 4, 4)
+    close(Execution(model).run([x])[0], model, x)
+
+
+def test_images_have_their_channels_together_otherwise() -> None:
+    turned: list[bool] = []
+
+    def after(op: Any, envs: Any) -> None:
+        if op.name == "aten.convolution":
+            y = envs[0][op.outputs()[0].id]
+            turned.append(y.is_contiguous(memory_format=torch.channels_last))
+
+    Execution(BatchNormVGG()).run([torch.randn(2, 3, 8, 8)], after=after)
+    assert turned and all(turned)
+
+
+def test_the_most_memory_of_one_batch() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.thin = nn.Linear(4, 100, bias=False), nn.Linear(100, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.thin(self.wide(x).relu_()) + x.sum(1, keepdim=True)
+
+    program = Execution(Deep()).program(torch.randn(10, 4))
+    assert peak_bytes(program) == 4 * 10 * (4 + 100 + 1)  # x stays, 100 columns meet the one
 
 
 def test_several_batches_of_different_sizes_move_together() -> None:

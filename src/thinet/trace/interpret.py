@@ -7,7 +7,7 @@ later one needs, and change a weight before it is used, all in one forward pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.errors import CalibrationError, TraceError
 from thinet.observe import plain_attention, preserved_rng
+from thinet.store import Store
 from thinet.surgery.apply import named_tensors
+from thinet.trace.environment import Environment
 from thinet.trace.record import (
     Op,
     Program,
@@ -30,9 +32,6 @@ from thinet.trace.record import (
 )
 from thinet.trace.replica import real_replica
 from thinet.types import ExampleInputs, as_call
-
-Environment = dict[int, torch.Tensor]
-"""Tensors of one batch that are still needed, by value id."""
 
 Observer = Callable[[Op, Sequence[Environment]], None]
 
@@ -94,13 +93,19 @@ class Execution:
         before: Observer | None = None,
         after: Observer | None = None,
         order: Sequence[int] | None = None,
+        meet: Collection[int] | None = None,
+        store: Store | None = None,
     ) -> list[Any]:
-        """Move all batches forward together, one operation at a time.
+        """Move all batches forward together.
 
         Args:
             before: called before each operation with the tensors that it will read.
             after: called after each operation, before what is no longer needed is freed.
             order: indices of all operations in the order to run them; by default as recorded.
+            meet: operations before which all batches wait for each other; from one of them to the
+                next each batch goes alone, and `before` is called for these only. By default
+                each operation.
+            store: where the tensors of waiting batches rest.
 
         Returns:
             The outputs of each batch.
@@ -108,14 +113,18 @@ class Execution:
         Raises:
             CalibrationError: a batch does not fit the model.
         """
-        with self.started(batches) as lane:
-            for index in order if order is not None else range(len(lane.program.ops)):
-                lane.step(index, before=before, after=after)
+        with self.started(batches, store) as lane:
+            indices = order if order is not None else range(len(lane.program.ops))
+            for stretch in _stretches(indices, meet):
+                met = meet is None or stretch[0] in meet
+                lane.go(stretch, before=before if met else None, after=after)
             return lane.outputs()
 
     @contextmanager
-    def started(self, batches: Sequence[ExampleInputs]) -> Iterator[Lane]:
-        """All batches at the start of the program, to be moved forward one operation at a time.
+    def started(
+        self, batches: Sequence[ExampleInputs], store: Store | None = None
+    ) -> Iterator[Lane]:
+        """All batches at the start of the program, to be moved forward as one likes.
 
         Raises:
             CalibrationError: a batch does not fit the model.
@@ -123,25 +132,28 @@ class Execution:
         programs = [self.program(batch) for batch in batches]
         with torch.no_grad(), preserved_rng(), plain_attention():
             torch.manual_seed(0)  # what a forward draws is the same in each run
-            envs = [self._begin(p, b) for p, b in zip(programs, batches, strict=True)]
+            envs = [self._begin(p, b, store) for p, b in zip(programs, batches, strict=True)]
             yield Lane(self, programs, envs)
 
-    def _begin(self, program: Program, batch: ExampleInputs) -> Environment:
-        env: Environment = {}
-        changed = _changed(program)
+    def _begin(self, program: Program, batch: ExampleInputs, store: Store | None) -> Environment:
+        env: dict[int, torch.Tensor] = {}
+        changed, turned = _changed(program), _channels_last(program)
         for value, leaf in zip(
             tree_flatten(program.inputs)[0], tree_flatten(as_call(batch))[0], strict=True
         ):
             if isinstance(value, Value):
-                env[value.id] = leaf.detach().clone()
+                leaf = leaf.detach()
+                if turned and leaf.ndim == 4 and leaf.device.type == "cpu":
+                    leaf = leaf.contiguous(memory_format=torch.channels_last)
+                env[value.id] = leaf.clone() if value.id in changed else leaf
         device = next(iter(env.values())).device
         for value_id, tensor in program.constants.items():
             env[value_id] = tensor.to(device, copy=value_id in changed)
         for value_id in changed & program.names.keys():
             env[value_id] = self.tensors[program.names[value_id]].clone()
-        return _Backed(env, self.tensors, program.names)
+        return Environment(program, env, self.tensors, store)
 
-    def compute(self, op: Op, env: Environment) -> None:
+    def compute(self, op: Op, env: dict[int, torch.Tensor]) -> None:
         """Run one operation on one batch's tensors."""
 
         def real(x: Any) -> Any:
@@ -185,15 +197,39 @@ class Lane:
         self, index: int, *, before: Observer | None = None, after: Observer | None = None
     ) -> None:
         """Run one operation in all batches and free what no later one reads."""
+        self.go([index], before=before, after=after)
+
+    def go(
+        self,
+        indices: Sequence[int],
+        *,
+        before: Observer | None = None,
+        after: Observer | None = None,
+    ) -> None:
+        """Run a stretch of operations batch by batch and free what no later one reads.
+
+        Args:
+            before: called once, before the first operation.
+            after: called once; what the stretch has read is freed then.
+        """
         if before is not None:
-            before(self.program.ops[index], self.envs)
-        for program, env in zip(self._programs, self.envs, strict=True):
-            self._execution.compute(program.ops[index], env)
-        if after is not None:
-            after(self.program.ops[index], self.envs)
+            before(self.program.ops[indices[0]], self.envs)
         for program, env, left in zip(self._programs, self.envs, self._uses, strict=True):
-            _free(program.ops[index], env, left)
-        self.done.add(index)
+            ops = [program.ops[index] for index in indices]
+            env.wake(ops)
+            for op in ops:
+                self._execution.compute(op, env)
+                if after is None:
+                    _free(op, env, left)
+            env.rest()
+        if after is not None:
+            after(self.program.ops[indices[-1]], self.envs)
+            for program, env, left in zip(self._programs, self.envs, self._uses, strict=True):
+                env.wake([program.ops[index] for index in indices])
+                for index in indices:
+                    _free(program.ops[index], env, left)
+                env.rest()
+        self.done.update(indices)
 
     def try_ops(
         self, number: int, indices: Sequence[int], given: Mapping[int, torch.Tensor]
@@ -229,24 +265,6 @@ class _Tried(dict[int, torch.Tensor]):
         return self._below[key]
 
 
-class _Backed(dict[int, torch.Tensor]):
-    """One batch's tensors; parameters are looked up by name, so that a repair is seen at once."""
-
-    def __init__(
-        self, env: Environment, tensors: Mapping[str, torch.Tensor], names: Mapping[int, str]
-    ) -> None:
-        super().__init__(env)
-        self._tensors, self._names = tensors, names
-
-    def __missing__(self, key: int) -> torch.Tensor:
-        if key not in self._names:
-            raise CalibrationError(
-                "the model writes into a tensor that is neither a parameter nor a buffer; register "
-                "it with register_buffer so that calibration can run"
-            )
-        return self._tensors[self._names[key]]
-
-
 def _call(op: Op, args: Any, kwargs: Any) -> Any:
     try:
         return op.func(*args, **kwargs)
@@ -262,6 +280,16 @@ def _call(op: Op, args: Any, kwargs: Any) -> Any:
         return args[0].reshape(args[1])
 
 
+def _stretches(order: Sequence[int], meet: Collection[int] | None) -> list[list[int]]:
+    """The order in pieces, each from one meeting to before the next."""
+    stretches: list[list[int]] = []
+    for index in order:
+        if meet is None or index in meet or not stretches:
+            stretches.append([])
+        stretches[-1].append(index)
+    return stretches
+
+
 def _free(op: Op, env: Environment, left: Counter[int]) -> None:
     """Forget what no later operation reads."""
     touched = {value.id for value in op.inputs()}
@@ -269,6 +297,25 @@ def _free(op: Op, env: Environment, left: Counter[int]) -> None:
     for value_id in touched | {value.id for value in op.outputs()}:
         if left[value_id] <= 0:
             env.pop(value_id, None)
+
+
+def _channels_last(program: Program) -> bool:
+    """Whether images had better have their channels together: convolutions on a CPU are faster
+    then, and a position's channels are read at once.
+
+    Not where a view is written into: with other strides it may be a copy.
+    """
+    views = {
+        value.storage
+        for op in program.ops
+        for value in op.outputs()
+        if value.storage in {v.storage for v in op.inputs()} - storages_written(op)
+    }
+    return (
+        any(op.name == "aten.convolution" for op in program.ops)
+        and not any("as_strided" in op.name for op in program.ops)
+        and views.isdisjoint({s for op in program.ops for s in storages_written(op)})
+    )
 
 
 def _uses(program: Program) -> Counter[int]:
@@ -326,6 +373,7 @@ def _changed(program: Program) -> set[int]:
     """Values that were there before the first operation and whose memory some operation writes."""
     written = {storage for op in program.ops for storage in storages_written(op)}
     given = program.names.keys() | program.constants.keys()
+    given |= {value.id for value in values_of(program.inputs)}
     return {
         value.id
         for op in program.ops
