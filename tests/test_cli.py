@@ -21,6 +21,7 @@ from thinet import demo
 from thinet.checkpoint import read
 from thinet.cli.app import COMMANDS, run
 from thinet.report.data import from_dict
+from thinet.train.processes import Processes
 
 NET = """
 import torch
@@ -251,6 +252,19 @@ def test_finetune_drives_out_taps_and_writes_the_thinner_product(
         from_dict(json.loads(listed)).networks[0].macs
         == from_dict(json.loads(text)).networks[0].macs
     )
+
+
+def test_of_several_processes_only_the_main_one_writes(
+    thin: Run, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Processes(1, 1, torch.device("cpu"))
+    monkeypatch.setattr("thinet.cli.finetune.current", lambda _: second)
+    code, text, _ = thin(
+        "finetune", "net.py:build", "images", "--weights", str(small), "--size", "8",
+        "--epochs", "1", "--out", str(tmp_path / "tuned.safetensors"), "--json",
+    )  # fmt: skip
+    assert (code, text) == (0, "")
+    assert not (tmp_path / "tuned.safetensors").exists()
 
 
 def test_report_turns_json_into_a_page(thin: Run, tmp_path: Path) -> None:

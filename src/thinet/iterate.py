@@ -56,6 +56,10 @@ def iterate(
     killed at any moment, goes on where it was, within a training too. On a CPU its weights are bit
     for bit those of a run that was never stopped.
 
+    Under `accelerate launch` the main process chooses, cuts and writes, the others read what it
+    wrote, and all train together, as `finetune` does. All must be given the same model, images and
+    options, and be able to read `state_dir`.
+
     Args:
         model: the dense model; it is left as it was.
         calibration: batches of images on which channels are chosen; kept in memory.
@@ -76,7 +80,9 @@ def iterate(
         progress: also told of the whole plan, in thousandths of its estimated work.
 
     Raises:
-        OptionError: options that contradict each other or are out of range.
+        OptionError: options that contradict each other or are out of range, or that differ between
+            processes.
+        TrainingError: another process failed; its own message says why.
         RecipeError: no such recipe, or not for this model.
         CheckpointError: the folder cannot be written, or holds a run with other arguments (which).
         As `thinet.prune` and `thinet.finetune`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from thinet.budget import Budget
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.count import count
-from thinet.errors import CalibrationError, OptionError
+from thinet.errors import CalibrationError, CheckpointError, OptionError
 from thinet.plan import Plan
 from thinet.prune import prune
 from thinet.recipes.apply import with_replaced
@@ -78,8 +79,10 @@ class Loop:
 
     def run(self, folder: Path, resume: bool) -> IterateResult:
         """All steps, from where the folder's run is."""
-        self._store = Store(folder, self._identity())
-        position = self._store.open(resume=resume)
+        identity = self._identity()
+        self._check_alike(identity)
+        self._store = Store(folder, identity)
+        position = self._opened(resume)
         model, plan = self._store.model(position, self.dense), self._store.plan(position)
         work = _Work(self)
         for number in range(1, len(self.recipe.steps) + 1):
@@ -88,7 +91,39 @@ class Loop:
                 position, model, plan = self._cut(position, model, plan, number)
             if number == position.step and position.phase == "cut":
                 position, model = self._train(position, model, plan, work)
+        self._processes.wait()  # until all have read what the main process may now remove
         return IterateResult(model, plan, self.recipe, position.records)
+
+    def _check_alike(self, identity: Mapping[str, Any]) -> None:
+        """Several processes are one run only if all were given the same."""
+        alike = self._processes.agree
+        different = ["training data"] if not alike(repr(list(identity))) else []
+        different = different or [n for n, fact in identity.items() if not alike(json.dumps(fact))]
+        if different:
+            raise OptionError(
+                f"the {self._processes.world} processes were not given the same: "
+                f"{', '.join(different)}. Seed what is random before the model is made and the "
+                "calibration images are drawn, alike in all processes"
+            )
+
+    def _opened(self, resume: bool) -> Position:
+        """Where the folder's run is: the main process looks first, and clears what is old."""
+        found: list[Position] = []
+        self._processes.main_first(lambda: found.append(self._store.open(resume=resume)))
+        return found[0] if self._processes.world == 1 else self._as_written()
+
+    def _committed(self, position: Position) -> Position:
+        """A position whose model was written, as the run's state, alike in all processes."""
+        self._processes.main_first(lambda: self._store.commit(position))
+        return position if self._processes.world == 1 else self._as_written()
+
+    def _as_written(self) -> Position:
+        position = self._store.open(resume=True)
+        if not self._processes.agree(repr(position)):
+            raise CheckpointError(
+                f"{self._store.folder} must be a folder that all processes can read"
+            )
+        return position
 
     def _identity(self) -> dict[str, Any]:
         """What decides the run's weights, as facts that can be told apart one by one."""
@@ -121,8 +156,24 @@ class Loop:
     def _cut(
         self, position: Position, model: nn.Module, plan: Plan, number: int
     ) -> tuple[Position, nn.Module, Plan]:
-        """The network as it is now, cut by one step, on the disk."""
+        """The network as it is now, cut by one step, on the disk.
+
+        The main process chooses and cuts, the others read what it wrote: no two of them can choose
+        differently, however their arithmetic rounds.
+        """
         began = time.perf_counter()
+        position = Position(number, "cut", position.records)
+
+        def work() -> None:
+            self._store.put_model(position, *self._smaller(model, plan, number))
+
+        self._processes.main_first(work)
+        small = self._store.model(position, self.dense)
+        pending = {"top1_cut": self._top1(small), "seconds": time.perf_counter() - began}
+        plan = self._store.plan(position)
+        return self._committed(replace(position, pending=pending)), small, plan
+
+    def _smaller(self, model: nn.Module, plan: Plan, number: int) -> tuple[nn.Module, Plan]:
         step = self.recipe.steps[number - 1]
         small = with_replaced(model, step.replaced, self.batches)
         plan = plan.then(Plan(replaced=step.replaced))
@@ -136,11 +187,7 @@ class Loop:
             small = recalibrate_bn(small, self.batches)
         kept = {name: len(units) for name, units in plan.keep.items()}
         asked = {"recipe": self.recipe.name, "budget": {"keep": kept}}
-        plan = replace(plan, settings={**plan.settings, **asked})
-        top1 = self._top1(small)
-        pending = {"top1_cut": top1, "seconds": time.perf_counter() - began}
-        position = Position(number, "cut", position.records, pending)
-        return position, self._keep(position, small, plan), plan
+        return small, replace(plan, settings={**plan.settings, **asked})
 
     def _train(
         self, position: Position, model: nn.Module, plan: Plan, work: _Work
@@ -166,7 +213,10 @@ class Loop:
             seconds_left=work.left(number, past),
         )  # fmt: skip
         position = Position(number, "trained", (*position.records, record))
-        model = self._keep(position, model, plan)
+        trained = model
+        self._processes.main_first(lambda: self._store.put_model(position, trained, plan))
+        position = self._committed(position)
+        model = self._store.model(position, self.dense)  # as a resumed run goes on
         work.tell(number, 1.0)
         if self.on_step is not None and self._processes.main:
             self.on_step(record)
@@ -194,11 +244,6 @@ class Loop:
             checkpoint=self._store.training_path(number), progress=told,
         )  # fmt: skip
 
-    def _keep(self, position: Position, model: nn.Module, plan: Plan) -> nn.Module:
-        """Write the state and go on from what was written, as a resumed run does."""
-        self._processes.main_first(lambda: self._store.put(position, model, plan))
-        return self._store.model(position, self.dense)
-
     def _top1(self, model: nn.Module) -> float | None:
         if self.validation is None:
             return None
@@ -209,7 +254,7 @@ class _Work:
     """The work of the whole plan: passes over data, each as long as its multiply-adds."""
 
     def __init__(self, run: Loop) -> None:
-        self._told = run.progress
+        self._told = run.progress if run._processes.main else None
         costs = analyse(run.dense, run.inputs).costs
         batches = Feed(run.train, seed=0, rank=0, world=1).batches if run.train is not None else 0
         measuring = len(run.batches) / batches if batches else 1.0

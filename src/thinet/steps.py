@@ -120,11 +120,22 @@ class Store:
         Raises:
             CheckpointError: a file cannot be written; the state is what it was.
         """
+        self.put_model(position, model, plan)
+        self.commit(position)
+
+    def put_model(self, position: Position, model: nn.Module, plan: Plan) -> None:
+        """Write the model of a position that is not the run's state yet; errors as `put`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"the folder {self.folder} cannot be made: {error}") from error
+        save(self.model_path(position), model, plan)
+
+    def commit(self, position: Position) -> None:
+        """Make a position, whose model was written, the state of the run; errors as `put`."""
         path = self.folder / NAME
         unfinished = self.folder / (NAME + ".unfinished")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save(self.model_path(position), model, plan)
             data = {"thinet_steps": FORMAT, "identity": self._identity, **asdict(position)}
             with unfinished.open("w", encoding="utf-8") as file:
                 json.dump(data, file, indent=1)

@@ -23,6 +23,7 @@ from thinet.train.config import FinetuneConfig, Precision, Schedule
 from thinet.train.evaluate import evaluate
 from thinet.train.finetune import finetune as train
 from thinet.train.group_sparsity import GroupSparsity
+from thinet.train.processes import current
 
 
 def finetune(
@@ -141,6 +142,8 @@ def finetune(
                 + f", {r.seconds:.1f} s"
             ),
         )  # fmt: skip
+    if not current(device).main:
+        return  # of several processes one writes and reports
     curve = tuple(r.validation.top1 for r in result.history if r.validation is not None)
     trained, plan = result.model, named.plan or Plan()
     if thin:

@@ -27,6 +27,7 @@ from thinet.steps import StepRecord
 from thinet.trace.analyse import find_groups
 from thinet.train.config import FinetuneConfig, Precision
 from thinet.train.evaluate import evaluate
+from thinet.train.processes import current
 from thinet.types import Counts
 
 
@@ -141,6 +142,8 @@ def iterate(
             criterion=criterion, repair=repair, sampling=sampling, seed=seed, device=device,
             on_step=_say, progress=told,
         )  # fmt: skip
+    if not current(device).main:
+        return  # of several processes one writes and reports
     save(out, result.model, (named.plan or Plan()).then(result.plan))
     if state is None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -164,5 +164,6 @@ def _fault(module: nn.Conv2d) -> str | None:
 
 
 def _weight(module: nn.Module) -> nn.Parameter:
-    assert isinstance(module, nn.Conv2d)
-    return module.weight
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

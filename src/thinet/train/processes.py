@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 from torch import distributed, nn
 
-from thinet.errors import MissingExtraError, OptionError
+from thinet.errors import MissingExtraError, OptionError, ThinetError, TrainingError
+
+PATIENCE = timedelta(hours=24)
+"""How long the others wait for the main process, which may measure and cut alone for long."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,45 @@ class Processes:
         """The main process's number, in every process."""
         if self.world == 1:
             return number
-        shared = torch.tensor(number, device=self.device)
-        distributed.broadcast(shared, 0)
+        shared = torch.tensor(number)
+        distributed.broadcast(shared, 0, group=_patient())
         return int(shared)
 
+    def agree(self, text: str) -> bool:
+        """Whether all processes have the same text; each waits until all have asked."""
+        if self.world == 1:
+            return True
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        differing = torch.tensor(int(self.told(number) != number))
+        distributed.all_reduce(differing, group=_patient())
+        return int(differing) == 0
+
     def main_first(self, work: Callable[[], None]) -> None:
-        """Run `work` in the main process; the others wait until it is done."""
+        """Run `work` in the main process; the others wait until it is done.
+
+        Raises:
+            ThinetError: in the main process what `work` raised, in the others a `TrainingError`.
+        """
+        failure: ThinetError | None = None
         if self.main:
-            work()
+            try:
+                work()
+            except ThinetError as error:
+                failure = error
+        if self.told(int(failure is not None)):
+            raise failure or TrainingError("the main process failed; its own message says why")
+        self.wait()
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
         if self.world > 1:
-            distributed.barrier()
+            distributed.barrier(group=_patient())
+
+
+@cache
+def _patient() -> Any:
+    """Connections for waiting, beside those for numbers; on the CPU, so that no GPU is held up."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @cache
