@@ -44,7 +44,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Group:
-    """One group of channels: how wide it was and is, or why it may not be cut."""
+    """One group of channels: how wide it was and is, or why it may not be cut.
+
+    `macs` and `params` are what the channels take part in, in producers and consumers alike.
+    """
 
     name: str
     channels: int
@@ -52,6 +55,8 @@ class Group:
     locked: str | None = None
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
+    macs: int | None = None
+    params: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def _group(data: Mapping[str, Any]) -> Group:
         "consumers": tuple(data.get("consumers", ())),
     }
     group = Group(**values)
-    _check_numbers(group.name, (group.channels, group.kept))
+    _check_numbers(group.name, (group.channels, group.kept, group.macs, group.params))
     return group
 
 

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from torch import Tensor, nn
 
 from thinet.prune import PruneReport
 from thinet.report.data import Group
-from thinet.types import ChannelGroup
+from thinet.surgery.apply import named_tensors
+from thinet.trace.groups import layer_name
+from thinet.types import ChannelGroup, Counts
 
 
-def found_groups(groups: Sequence[ChannelGroup]) -> tuple[Group, ...]:
-    """A row for each group that `find_groups` gave."""
-    return tuple(
-        Group(
-            group.name,
-            group.channels,
-            locked=group.locked,
-            producers=group.producers,
-            consumers=group.consumers,
-        )
-        for group in groups
+def found_groups(
+    model: nn.Module, groups: Sequence[ChannelGroup], counts: Counts
+) -> tuple[Group, ...]:
+    """A row a group, with the parameters and multiply-adds that its channels take part in."""
+    tensors = dict(named_tensors(model))
+    matrices: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            layer = layer_name(name)
+            matrices[layer] = matrices.get(layer, 0) + tensor.numel()
+    return tuple(_row(group, tensors, matrices, counts) for group in groups)
+
+
+def _row(
+    group: ChannelGroup,
+    tensors: Mapping[str, Tensor],
+    matrices: Mapping[str, int],
+    counts: Counts,
+) -> Group:
+    held: dict[str, dict[int, int]] = {}
+    for member in group.members:
+        inside = sum(unit >= 0 for unit in member.units)
+        held.setdefault(member.parameter, {})[member.dim] = inside
+    params, touched = 0, dict[str, int]()
+    for name, dims in held.items():
+        tensor = tensors[name]
+        rest = prod(size - dims.get(dim, 0) for dim, size in enumerate(tensor.shape))
+        if isinstance(tensor, nn.Parameter):
+            params += tensor.numel() - rest
+        if tensor.ndim > 1:
+            layer = layer_name(name)
+            touched[layer] = touched.get(layer, 0) + tensor.numel() - rest
+    macs = {
+        layer: counts.by_module[layer].macs * elements / matrices[layer]
+        for layer, elements in touched.items()
+        if layer in counts.by_module
+    }
+    for site in group.sites:  # products of two activations have no weights to count by
+        if site.parameter is None and site.module in counts.by_module:
+            share = sum(unit >= 0 for unit in site.units) / len(site.units)
+            macs.setdefault(site.module, counts.by_module[site.module].macs * share)
+    return Group(
+        group.name,
+        group.channels,
+        locked=group.locked,
+        producers=group.producers,
+        consumers=group.consumers,
+        macs=round(sum(macs.values())),
+        params=params,
     )
 
 
