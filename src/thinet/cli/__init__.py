@@ -8,7 +8,8 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `thinet`; always ends the process with an exit code.
 
-    0 done, 2 something that the user can mend (one message, no traceback), 130 interrupted.
+    0 done, 1 some cells of a comparison failed (the others are shown), 2 something that the user
+    can mend (one message, no traceback), 130 interrupted.
     """
     from thinet.cli.app import run
 

@@ -10,6 +10,7 @@ import typer
 
 from thinet.cli import console
 from thinet.cli.bench import bench
+from thinet.cli.compare import compare
 from thinet.cli.demo import demo
 from thinet.cli.evaluate import evaluate
 from thinet.cli.export import export
@@ -31,8 +32,10 @@ app = typer.Typer(
 )
 COMMANDS = {
     command.__name__: command
-    for command in (demo, inspect, prune, iterate, finetune, evaluate, bench, export, report, paper)
-}
+    for command in (
+        demo, inspect, prune, iterate, finetune, evaluate, compare, bench, export, report, paper
+    )
+}  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)
 

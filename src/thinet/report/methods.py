@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from thinet.cells import Point, Spread
-from thinet.report.data import Report
+from thinet.cells import Comparison, Point, Spread
+from thinet.report.data import Network, Report
 from thinet.report.text import MISSING, amount, percent
 
 Column = tuple[str, Callable[[Point], str]]
@@ -29,17 +29,53 @@ class Line:
     marks: tuple[Mark, ...]
 
 
+def compared(comparison: Comparison, title: str, facts: tuple[tuple[str, str], ...] = ()) -> Report:
+    """What `thinet.compare` returned as a report; failed cells are among its notes."""
+    dense, cells = comparison.dense, comparison.cells
+    failed = len(comparison.failed)
+    return Report(
+        title=title,
+        summary=(
+            f"{len(cells)} cells"
+            + (f", {failed} of them failed" if failed else "")
+            + f". Dense: {percent(dense.top1)} top-1, {percent(dense.top5)} top-5 on "
+            f"{dense.images} images."
+        ),
+        networks=(Network("dense", dense.macs, dense.params, top1=dense.top1),),
+        points=comparison.points,
+        notes=(*_failures(comparison), *_remarks(comparison)),
+        facts=facts,
+    )
+
+
+def _failures(comparison: Comparison) -> list[str]:
+    seeds: dict[str, list[str]] = {}
+    for cell in comparison.failed:
+        sentence = f"{cell.criterion}, {cell.repair}, {cell.budget} failed: {cell.error}"
+        seeds.setdefault(sentence, []).append(str(cell.seed))
+    return [f"{sentence} (seed {', '.join(found)})" for sentence, found in seeds.items()]
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    found = [f"{cell.criterion}: {note}" for cell in comparison.cells for note in cell.notes]
+    return list(dict.fromkeys(found))
+
+
 def spread(value: Spread | None) -> str:
-    """Mean and sample standard deviation of a fraction: '84.4 ± 0.2%'."""
+    """Mean and sample standard deviation of a fraction: '84.4±0.2%'."""
     if value is None:
         return MISSING
     if value.deviation is None:
         return percent(value.mean)
-    return f"{100 * value.mean:.1f} ± {100 * value.deviation:.1f}%"
+    return f"{100 * value.mean:.1f}±{100 * value.deviation:.1f}%"
 
 
-def method_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the methods, the dense network first; empty without methods."""
+def method_table(report: Report, *, top5: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the methods, the dense network first; empty without methods.
+
+    Args:
+        top5: show it too, where it is not 1 for all.
+    """
     points = report.points
     if not points:
         return [], []
@@ -56,7 +92,7 @@ def method_table(report: Report) -> tuple[list[str], list[list[str]]]:
     ]
     if tuned:
         columns.append(("fine-tuned top-1", lambda p: spread(p.top1_tuned)))
-    if any(p.top5 is not None and p.top5.mean < 1 for p in points):
+    if top5 and any(p.top5 is not None and p.top5.mean < 1 for p in points):
         columns.append(("untrained top-5" if tuned else "top-5", lambda p: spread(p.top5)))
         if tuned:
             columns.append(("fine-tuned top-5", lambda p: spread(p.top5_tuned)))
