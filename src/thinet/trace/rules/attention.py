@@ -6,14 +6,14 @@ from math import prod
 
 import numpy as np
 
-from thinet.trace.labels import FIXED, Labeller, Mixing, labelled
+from thinet.trace.labels import FIXED, Axis, Labeller, Mixing, labelled
 from thinet.trace.record import Op, Value
 
 
 def scaled_dot_product(labels: Labeller, op: Op) -> None:
     query, key, value = (labels.of(v) for v in op.args[:3])
     out, *others = op.outputs()
-    lead = []
+    lead: list[Axis] = []
     for dim, axes in enumerate(zip(query[:-2], key[:-2], value[:-2], strict=True)):
         sizes = [v.shape[dim] for v in op.args[:3]]
         # Grouped queries: several heads in a row share one key and value.
@@ -22,6 +22,7 @@ def scaled_dot_product(labels: Labeller, op: Op) -> None:
             for axis, n in zip(axes, sizes, strict=True)
         ]
         lead.append(labels.join_all(spread, op.where))
+    _add_mask(labels, op, lead)
     shared = labels.join(query[-1], key[-1], op.where)
     if op.kwargs.get("scale") is None:
         shared = labels.lock(shared, f"{op.where} takes its scale from the width of a head")
@@ -39,6 +40,19 @@ def scaled_dot_product(labels: Labeller, op: Op) -> None:
         times = prod(n for n, a in zip([*sizes, width], axes, strict=True) if not labelled(a))
         factors = tuple(a for a in axes if labelled(a))
         labels.mixings.append(Mixing(op, axis, FIXED, FIXED, factors, times))
+
+
+def _add_mask(labels: Labeller, op: Op, lead: list[Axis]) -> None:
+    """Join a mask, (..., l, l) with axes that broadcast, with the leading axes of the scores."""
+    mask = op.kwargs.get("attn_mask", op.args[3] if len(op.args) > 3 else None)
+    if not isinstance(mask, Value):
+        return
+    axes = labels.of(mask)
+    for axis in axes[-2:]:
+        labels.lock(axis, f"{op.where} attends over it")
+    for back in range(3, min(len(axes), len(lead) + 2) + 1):
+        if mask.shape[-back] > 1:
+            lead[2 - back] = labels.join(lead[2 - back], axes[-back], op.where)
 
 
 RULES = {
