@@ -132,8 +132,9 @@ class Labeller:
         made: choices that this walk met, chosen by the caller or by default.
         blocks: for each reshape, by operation, which axes become which.
         decided: for each reshape, by operation and axis, which factor stays prunable (None: none);
-            what is given of both is kept to, so that a cut model is labelled as the original was.
+            those of an `original` are kept to.
         stored: number of labels that parameters and buffers start with.
+        original: for a cut model, the walk of the uncut one, whose decisions are kept to.
     """
 
     program: Program
@@ -148,6 +149,7 @@ class Labeller:
     blocks: dict[int, Any] = field(default_factory=dict)
     decided: dict[tuple[int, int], int | None] = field(default_factory=dict)
     stored: int = 0
+    original: Labeller | None = None
 
     def run(self) -> Labeller:
         self.begin()
@@ -159,13 +161,18 @@ class Labeller:
 
     def begin(self) -> None:
         """Label what the model is given: inputs, parameters and buffers."""
+        if self.original is not None:
+            self.choices = self.original.made
+            self.blocks, self.decided = dict(self.original.blocks), dict(self.original.decided)
+            self.unread, self.attending = self.original.unread, self.original.attending
         args, kwargs = self.program.inputs
         for value in values_of((args, kwargs)):
             self.axes[value.id] = (FIXED,) * len(value.shape)
         for value_id, value in self.program.parameters.items():
             self.axes.setdefault(value_id, self._parameter_axes(value))
             self.static.add(value_id)
-        self.stored = sum(sum(value.shape) for value in self.program.parameters.values())
+        sizes = (sum(value.shape) for value in self.program.parameters.values())
+        self.stored = sum(sizes) if self.original is None else self.original.stored
 
     def step(self, op: Op) -> None:
         """Label the results of one operation."""
@@ -216,7 +223,7 @@ class Labeller:
         """Unify two axes of equal size; what meets a fixed axis is locked."""
         if a is ANY:
             return b
-        if b is ANY:
+        if b is ANY or a is b:
             return a
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             self.classes.unify(a, b)

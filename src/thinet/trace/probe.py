@@ -16,14 +16,13 @@ from torch.utils._pytree import tree_map
 
 from thinet.surgery.apply import apply_plan
 from thinet.trace.groups import Analysis
-from thinet.trace.labels import Axis, Classes, Labeller, Vector
+from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
 from thinet.trace.record import (
+    EnoughError,
     Op,
     Program,
     StoppedError,
-    Value,
-    leaves_of,
     record_replica,
 )
 from thinet.trace.replica import Call, meta_twin
@@ -88,87 +87,187 @@ class _Known(Classes):
 
 
 def probe(
-    analysis: Analysis, pristine: nn.Module, inputs: Call, keep: Mapping[str, Sequence[int]]
+    analysis: Analysis,
+    pristine: nn.Module,
+    inputs: Call,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    until: int | None = None,
 ) -> Mismatch | None:
-    """Cut a copy of the meta model to `keep`, trace it and compare; None where all agrees."""
+    """Cut a copy of the meta model to `keep`, trace it and compare; None where all agrees.
+
+    The trace stops at the first operation that does not follow, or after number `until`.
+    """
     plan = make_plan(analysis, pristine, keep)
     gone = removed_classes(analysis, keep)
+    before = 0
     for walk in (analysis.labeller, analysis.training):
-        if walk is None:
+        if walk is None or (until is not None and until < before):
             continue
         replica = meta_twin(pristine)
         apply_plan(replica, plan)
-        stopped: StoppedError | None = None
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+        comparison = _Comparison(walk, gone, None if until is None else until - before)
         try:
-            program = record_replica(replica, args, training=walk is analysis.training)
+            record_replica(replica, args, training=walk is analysis.training, watch=comparison)
+            mismatch = comparison.finish(None)
         except StoppedError as error:
-            program, stopped = error.program, error
-        mismatch = _compare(walk, program, stopped, gone)
+            mismatch = comparison.finish(error)
         if mismatch is not None:
-            before = len(analysis.program.ops) if walk is analysis.training else 0
             return replace(mismatch, index=before + mismatch.index)
+        before = len(analysis.program.ops)
     return None
 
 
-def _compare(
-    original: Labeller, program: Program, stopped: StoppedError | None, gone: Vector
-) -> Mismatch | None:
-    classes = _Known(original.classes)
-    seeds: dict[str, tuple[Axis, ...]] = {}
-    for value_id, name in original.program.names.items():
-        axes = []
-        for axis in original.axes[value_id]:
-            assert isinstance(axis, np.ndarray)
-            axes.append(axis[~gone[classes.find(axis)]])
-        seeds[name] = tuple(axes)
-    walk = Labeller(
-        program,
-        classes,
-        RULES,
-        choices=original.made,
-        seeds=seeds,
-        blocks=dict(original.blocks),
-        decided=dict(original.decided),
-    )
-    walk.begin()
-    walk.stored = original.stored
-    walk.unread = original.unread
-    ours, theirs = original.program.ops, program.ops
-    i = j = 0
-    while i < len(ours) and j < len(theirs):
-        old, new = ours[i], theirs[j]
-        if not _alike(old, new):
-            if COPY in (old.name, new.name):
-                # An axis of size one lets a reshape do without a copy, or need one.
-                if new.name == COPY:
-                    walk.step(replace(new, index=-1))
-                    j += 1
-                else:
-                    i += 1
-                continue
-            return Mismatch(
-                f"the forward code takes another way once channels are gone ({old.where} became "
-                f"{new.where})",
-                old.module,
-                _roots(original, old),
-                old.index,
+class _Comparison:
+    """Walks a cut model's operations beside the original's while they are recorded."""
+
+    def __init__(self, original: Labeller, gone: Vector, until: int | None) -> None:
+        self.original = original
+        self.gone = gone
+        self.until = until
+        self.classes = _Known(original.classes)
+        self.ours = original.program.ops
+        self.place = 0
+        self.enough = False
+        self.broken: Exception | None = None
+        self.mismatch: Mismatch | None = None
+        self.left: dict[int, tuple[Vector, Vector]] = {}
+
+    def stays(self, axis: Vector) -> Vector:
+        """The labels of an axis of the original that are not gone; the same array each time."""
+        known = self.left.get(id(axis))
+        if known is None:
+            known = axis, axis[~self.gone[self.classes.find(axis)]]
+            self.left[id(axis)] = known  # with the axis itself, so that its id stays its own
+        return known[1]
+
+    def begin(self, program: Program) -> None:
+        original = self.original
+        seeds = {
+            name: tuple(
+                self.stays(axis) if isinstance(axis, np.ndarray) else axis
+                for axis in original.axes[value_id]
             )
-        reason = _step(walk, classes, original, old, replace(new, index=old.index), gone)
+            for value_id, name in original.program.names.items()
+        }
+        self.walk = Labeller(program, self.classes, RULES, seeds=seeds, original=original)
+        self.walk.begin()
+
+    def step(self, new: Op) -> None:
+        """Compare the next operation.
+
+        Raises:
+            EnoughError: it does not follow, or all that was asked for does.
+        """
+        try:
+            self._step(new)
+        except Exception as error:  # the model's own code shall not catch it
+            self.enough, self.broken = True, error
+            raise EnoughError from error
+
+    def _step(self, new: Op) -> None:
+        while not self.enough and self.place < len(self.ours):
+            old = self.ours[self.place]
+            if self.until is not None and old.index > self.until:
+                break
+            if _alike(old, new):
+                self.place += 1
+                same = new if new.index == old.index else replace(new, index=old.index)
+                self._compare(old, same)
+                return
+            # An axis of size one lets a reshape do without a copy, or need one.
+            if new.name == COPY:
+                self.walk.step(replace(new, index=-1))
+                return
+            if old.name != COPY:
+                self._stop(
+                    f"the forward code takes another way once channels are gone ({old.where} "
+                    f"became {new.where})",
+                    old,
+                )
+            self.place += 1
+        if not self.enough and self.place == len(self.ours):
+            self._ended("runs another number of operations once channels are gone")
+        self.enough = True
+        raise EnoughError
+
+    def finish(self, stopped: StoppedError | None) -> Mismatch | None:
+        """What was found in all."""
+        if self.broken is not None:
+            raise self.broken
+        if not self.enough:
+            if stopped is not None:
+                self._ended(f"stops once channels are gone: {_first_line(stopped)}")
+            elif self.place < len(self.ours):
+                self._ended("runs another number of operations once channels are gone")
+        return self.mismatch
+
+    def _ended(self, what: str) -> None:
+        self._stop(f"the forward code {what}", self.ours[min(self.place, len(self.ours) - 1)])
+
+    def _stop(self, reason: str, at: Op, roots: frozenset[int] | None = None) -> None:
+        self.enough = True
+        roots = roots or _roots(self.original, at)
+        self.mismatch = Mismatch(f"{reason} ({at.where})", at.module, roots, at.index)
+
+    def _compare(self, old: Op, new: Op) -> None:
+        reason = self._reason(old, new)
         if reason is not None:
-            met = _roots(original, old)
-            clash = frozenset(np.concatenate(classes.clashes).tolist()) if classes.clashes else None
-            return Mismatch(f"{reason} ({old.where})", old.module, clash or met, old.index)
-        i, j = i + 1, j + 1
-    at = ours[min(i, len(ours) - 1)]
-    if stopped is not None:
-        what = f"stops once channels are gone: {_first_line(stopped)}"
-    elif i < len(ours) or j < len(theirs):
-        what = "runs another number of operations once channels are gone"
-    else:
+            clashes = self.classes.clashes
+            self._stop(
+                reason, old, frozenset(np.concatenate(clashes).tolist()) if clashes else None
+            )
+            raise EnoughError
+
+    def _reason(self, old: Op, new: Op) -> str | None:
+        """Why an operation does not follow."""
+        if not self._same_numbers(old, new):
+            return "the forward code computes a number from the size"
+        try:
+            self.walk.step(new)
+        except (ValueError, AssertionError, IndexError) as error:
+            return f"the shapes no longer fit: {error}"
+        if self.classes.clashes:
+            return "the forward code takes channels by number"
+        for before, after in zip(old.outputs(), new.outputs(), strict=True):
+            found = self.walk.of(after)
+            for dim, expected in enumerate(self.original.of(before)):
+                reason = self._axis(expected, found[dim], before.shape[dim], after.shape[dim])
+                if reason is not None:
+                    return reason
         return None
-    reason = f"the forward code {what} ({at.where})"
-    return Mismatch(reason, at.module, _roots(original, at), at.index)
+
+    def _axis(self, expected: Axis, found: Axis, before: int, after: int) -> str | None:
+        if not isinstance(expected, np.ndarray):
+            if found is expected and found is FIXED and before != after:
+                return f"a size of {before} became {after}"
+            return None
+        stays = self.stays(expected)
+        if len(stays) != after:
+            return f"a size of {before} became {after} and not {len(stays)}"
+        if found is stays or not isinstance(found, np.ndarray):
+            return None
+        # Labels themselves and not only their classes: the order within a class matters too.
+        # Labels of tensors made on the way are new each time; those of parameters are not.
+        stored = self.original.stored
+        wrong = (found != stays) & ((found < stored) | (stays < stored))
+        if not wrong.any():
+            return None
+        met = self.classes.find(np.concatenate([found[wrong], stays[wrong]]))
+        self.classes.clashes.append(met[met < self.classes.known])
+        return "the forward code takes channels by number"
+
+    def _same_numbers(self, old: Op, new: Op) -> bool:
+        """Whether the numbers among the arguments that a cut must not change did not change."""
+        if old.name == "aten.slice":
+            return _numbers(old, _sliced(old, self.original)) == _numbers(
+                new, _sliced(new, self.walk)
+            )
+        if old.numbers == new.numbers:
+            return True
+        follows = old.name in SIZES
+        return follows and _numbers(old, follows) == _numbers(new, follows)
 
 
 COPY = "aten.clone"
@@ -180,65 +279,14 @@ def _alike(old: Op, new: Op) -> bool:
     return same and old.module == new.module
 
 
-def _step(
-    walk: Labeller, classes: _Known, original: Labeller, old: Op, new: Op, gone: Vector
-) -> str | None:
-    if _numbers(old, original) != _numbers(new, walk):
-        return "the forward code computes a number from the size"
-    try:
-        walk.step(new)
-    except (ValueError, AssertionError, IndexError) as error:
-        return f"the shapes no longer fit: {error}"
-    if classes.clashes:
-        return "the forward code takes channels by number"
-    for before, after in zip(old.outputs(), new.outputs(), strict=True):
-        for dim, expected in enumerate(original.of(before)):
-            found = walk.of(after)[dim]
-            reason = _axis(classes, walk.stored, expected, found, before, after, dim, gone)
-            if reason is not None:
-                return reason
-    return None
+def _sliced(op: Op, labeller: Labeller) -> bool:
+    """Whether the axis that a slice is taken of has labels."""
+    axes = labeller.of(op.args[0])
+    return isinstance(axes[op.args[1] if len(op.args) > 1 else 0], np.ndarray)
 
 
-def _axis(
-    classes: _Known,
-    stored: int,
-    expected: Axis,
-    found: Axis,
-    before: Value,
-    after: Value,
-    dim: int,
-    gone: Vector,
-) -> str | None:
-    if not isinstance(expected, np.ndarray):
-        if found is expected and before.shape[dim] != after.shape[dim] and repr(found) == "FIXED":
-            return f"a size of {before.shape[dim]} became {after.shape[dim]}"
-        return None
-    stays = expected[~gone[classes.find(expected)]]
-    if len(stays) != after.shape[dim]:
-        return f"a size of {before.shape[dim]} became {after.shape[dim]} and not {len(stays)}"
-    if isinstance(found, np.ndarray):
-        # Labels themselves and not only their classes: the order within a class matters too.
-        # Labels of tensors made on the way are new each time; those of parameters are not.
-        wrong = (found != stays) & ((found < stored) | (stays < stored))
-        if wrong.any():
-            met = classes.find(np.concatenate([found[wrong], stays[wrong]]))
-            classes.clashes.append(met[met < classes.known])
-            return "the forward code takes channels by number"
-    return None
-
-
-def _numbers(op: Op, labeller: Labeller) -> list[float]:
-    """The numbers among an operation's arguments that a cut must not change."""
-    leaves = leaves_of((op.args, op.kwargs))
-    numbers: list[float] = [
-        x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)
-    ]
-    follows = op.name in SIZES
-    if op.name == "aten.slice":
-        axes = list(labeller.of(op.args[0]))
-        follows = isinstance(axes[op.args[1] if len(op.args) > 1 else 0], np.ndarray)
-    return [x for x in numbers if isinstance(x, float)] if follows else numbers
+def _numbers(op: Op, sizes_follow: bool) -> list[float]:
+    return [x for x in op.numbers if isinstance(x, float)] if sizes_follow else op.numbers
 
 
 def _roots(labeller: Labeller, op: Op) -> frozenset[int]:

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from thinet.errors import TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
+from thinet.trace.remembered import run_on_meta
 from thinet.trace.replica import Call, meta_replica, real_replica
 from thinet.types import ExampleInputs, as_call
 
@@ -53,10 +54,10 @@ class Op:
     result: Any
     module: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `aten.convolution`, without the overload."""
-        return f"{self.func.namespace}.{self.func._opname}"
+        return _name(self.func)
 
     @property
     def where(self) -> str:
@@ -64,18 +65,35 @@ class Op:
         return f"{self.name} in {self.module or 'the model itself'}"
 
     def inputs(self) -> list[Value]:
-        return self._inputs
+        return self._given[0]
 
     def outputs(self) -> list[Value]:
         return self._outputs
 
+    @property
+    def numbers(self) -> list[float]:
+        """The integers and floats among the arguments, in order."""
+        return self._given[1]
+
     @cached_property
-    def _inputs(self) -> list[Value]:
-        return values_of((self.args, self.kwargs))
+    def _given(self) -> tuple[list[Value], list[float]]:
+        values: list[Value] = []
+        numbers: list[float] = []
+        for leaf in leaves_of((self.args, self.kwargs)):
+            if isinstance(leaf, Value):
+                values.append(leaf)
+            elif isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+                numbers.append(leaf)
+        return values, numbers
 
     @cached_property
     def _outputs(self) -> list[Value]:
         return values_of(self.result)
+
+
+@lru_cache(maxsize=1 << 10)
+def _name(func: torch._ops.OpOverload) -> str:
+    return f"{func.namespace}.{func._opname}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,49 +132,82 @@ def values_of(tree: Any) -> list[Value]:
 
 def leaves_of(tree: Any) -> list[Any]:
     """What a nest of tuples, lists and dicts holds, in order."""
-    if type(tree) in (tuple, list):
-        return [leaf for branch in tree for leaf in leaves_of(branch)]
-    if type(tree) is dict:
-        return [leaf for branch in tree.values() for leaf in leaves_of(branch)]
-    if isinstance(tree, (tuple, list, dict)):
-        return tree_flatten(tree)[0]
-    return [tree]
+    leaves: list[Any] = []
+    _gather(tree, leaves)
+    return leaves
+
+
+def _gather(tree: Any, leaves: list[Any]) -> None:
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        for branch in tree:
+            _gather(branch, leaves)
+    elif kind is dict:
+        for branch in tree.values():
+            _gather(branch, leaves)
+    elif kind is not Value and isinstance(tree, (tuple, list, dict)):
+        leaves.extend(tree_flatten(tree)[0])
+    else:
+        leaves.append(tree)
 
 
 class StoppedError(Exception):
-    """The forward pass stopped; `program` holds the operations until then."""
+    """The forward pass stopped."""
 
-    def __init__(self, program: Program, error: Exception) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(str(error) or type(error).__name__)
-        self.program = program
+
+
+ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+
+
+class Watch(Protocol):
+    """Sees operations as they are recorded."""
+
+    def begin(self, program: Program) -> None:
+        """Called before the first, with a program of inputs and parameters only."""
+
+    def step(self, op: Op) -> None:
+        """Called after each; may raise `EnoughError` to stop."""
+
+
+class EnoughError(BaseException):
+    """A watch has seen enough. No model's own `except Exception` may catch it."""
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down each operation that reaches the dispatcher."""
 
-    def __init__(self, stack: list[str]) -> None:
+    def __init__(self, stack: list[str], on_meta: bool, watch: Watch | None) -> None:
         super().__init__()
+        self.on_meta = on_meta
+        self.watch = watch
         self.stack = stack
         self.ops: list[Op] = []
+        self.count = 0
         self.values: dict[int, Value] = {}
         self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
 
     def value(self, tensor: torch.Tensor) -> Value:
         key = id(tensor)
-        if key not in self.values:
+        value = self.values.get(key)
+        if value is None:
             storage = tensor.untyped_storage()._cdata if not tensor.is_sparse else key
             value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, storage)
             self.values[key] = value
             self.alive.append(tensor)
-        return self.values[key]
+        return value
 
     def abstract(self, tree: Any) -> Any:
         """The nest of arguments with values in place of tensors."""
+        kind = type(tree)
+        if kind in ATOMS:
+            return tree
         if isinstance(tree, torch.Tensor):
             return self.value(tree)
-        if type(tree) in (tuple, list):
-            return type(tree)([self.abstract(branch) for branch in tree])
-        if type(tree) is dict:
+        if kind in (tuple, list):
+            return kind([self.abstract(branch) for branch in tree])
+        if kind is dict:
             return {key: self.abstract(branch) for key, branch in tree.items()}
         if isinstance(tree, (tuple, list, dict)):
             return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
@@ -164,11 +215,15 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        taken, named = self.abstract((args, kwargs))
-        result = func(*args, **kwargs)
-        self.ops.append(
-            Op(len(self.ops), func, taken, named, self.abstract(result), self.stack[-1])
-        )
+        taken = tuple([self.abstract(x) for x in args])
+        named = {name: self.abstract(x) for name, x in kwargs.items()}
+        result = run_on_meta(func, args, kwargs) if self.on_meta else func(*args, **kwargs)
+        op = Op(self.count, func, taken, named, self.abstract(result), self.stack[-1])
+        self.count += 1
+        if self.watch is None:
+            self.ops.append(op)
+        else:
+            self.watch.step(op)
         return result
 
     def program(
@@ -178,7 +233,6 @@ class _Recorder(TorchDispatchMode):
         known: int,
         outputs: Any,
         calls: Iterable[tuple[str, Any]],
-        on_meta: bool,
     ) -> Program:
         """What was written down; values from number `known` on that no op made are constants."""
         results = self.abstract(plain(outputs))
@@ -201,7 +255,7 @@ class _Recorder(TorchDispatchMode):
             names={value.id: name for name, value in named.items()},
             constants=constants,
             called=called,
-            on_meta=on_meta,
+            on_meta=self.on_meta,
         )
 
 
@@ -228,8 +282,12 @@ def record(model: nn.Module, inputs: ExampleInputs, *, training: bool = False) -
             ) from error.__cause__
 
 
-def record_replica(replica: nn.Module, inputs: Call, *, training: bool = False) -> Program:
+def record_replica(
+    replica: nn.Module, inputs: Call, *, training: bool = False, watch: Watch | None = None
+) -> Program:
     """Record a model that may be changed by it, on positional and keyword inputs.
+
+    With a `watch`, operations are shown to it and not kept.
 
     Raises:
         StoppedError: the forward pass did not reach its end.
@@ -246,17 +304,21 @@ def record_replica(replica: nn.Module, inputs: Call, *, training: bool = False) 
         module_calls(replica) as (stack, calls),
     ):
         warnings.simplefilter("ignore")
-        recorder = _Recorder(stack)
+        recorder = _Recorder(stack, on_meta, watch)
         named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
         given = recorder.abstract((args, kwargs))
         known = len(recorder.values)
+        begun = recorder.program(given, named, known, (), ())
+        if watch is not None:
+            watch.begin(begun)
         try:
             with recorder:
                 outputs = replica(*args, **kwargs)
+        except EnoughError:
+            return begun
         except Exception as error:
-            program = recorder.program(given, named, known, (), (), on_meta)
-            raise StoppedError(program, error) from error
-        return recorder.program(given, named, known, outputs, calls, on_meta)
+            raise StoppedError(error) from error
+        return begun if watch else recorder.program(given, named, known, outputs, calls)
 
 
 def plain(tree: Any) -> Any:

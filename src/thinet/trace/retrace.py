@@ -85,7 +85,7 @@ def learn(
 
     def progress(tried: Sequence[Guess]) -> Analysis | None:
         assumed = assume(analysis, pristine, tried)
-        found = probe(assumed, pristine, inputs, keep)
+        found = probe(assumed, pristine, inputs, keep, until=mismatch.index)
         return assumed if found is None or found.index > mismatch.index else None
 
     options = guesses(analysis, pristine, mismatch.module, mismatch.index)

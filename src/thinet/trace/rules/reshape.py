@@ -178,7 +178,7 @@ def _prunable(labels: Labeller, op: Op, full: Vector, after: list[int], first: i
     roots = labels.classes.find(np.ascontiguousarray(full))
     varying = [d for d in range(len(after)) if (roots != roots.take([0], axis=d)).any()]
     if len(varying) > 1:
-        apart = {d - first for d in _taken_apart(labels, op.outputs()[0])}
+        apart = {d - first for d in _taken_apart(labels.original or labels, op.index)}
         varying = [d for d in varying if d not in apart] or varying
     return _chosen(labels, op, after, varying) if varying else None
 
@@ -196,9 +196,10 @@ def _chosen(labels: Labeller, op: Op, sizes: list[int], varying: list[int]) -> i
 MOVES = frozenset(f"aten.{name}" for name in ("permute", "transpose", "clone", "_to_copy"))
 
 
-def _taken_apart(labels: Labeller, value: Value) -> set[int]:
+def _taken_apart(labels: Labeller, index: int) -> set[int]:
     """Dimensions whose entries are picked one by one later: queries, keys and values stacked."""
     found: set[int] = set()
+    (value,) = labels.program.ops[index].outputs()
     pending = [(value, list(range(len(value.shape))))]
     while pending:
         current, origin = pending.pop()
