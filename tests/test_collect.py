@@ -290,7 +290,7 @@ def test_activations_that_are_not_finite_name_the_layer(
 
 
 def test_rows_are_checked() -> None:
-    assert Rows().count(10) == 16384 and Rows().count(2000) == 32000
+    assert Rows().count(10) == 16384 and Rows().count(4000) == 32000
     with pytest.raises(OptionError, match="per_column is at least 0 and least at least 1"):
         Rows(least=0)
 

@@ -14,17 +14,17 @@ _CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the int
 
 
 def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
-    """Lower factor of a positive semi-definite matrix, its diagonal raised as little as needed.
+    """Lower factor of positive semi-definite matrices, their diagonals raised as little as needed.
 
     Args:
-        matrix: (d, d) float64.
+        matrix: (..., d, d) float64; its diagonal is changed on the way and put back.
         name: whose system it is, for the error.
 
     Returns:
-        The factor of `matrix + added * I` and `added`.
+        The factor of `matrix + added * I`, and the largest `added`.
 
     Raises:
-        RepairError: the matrix is not finite, or not positive definite even with
+        RepairError: a matrix is not finite, or not positive definite even with
             1e-4 of its mean diagonal added.
     """
     if not bool(torch.isfinite(matrix).all()):
@@ -32,18 +32,24 @@ def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
             f"{name}: the least-squares system holds NaN or infinite values; check the "
             "calibration images and the weights before this layer"
         )
-    diagonal = matrix.diagonal()
-    scale = float(diagonal.mean()) if len(diagonal) else 0.0
-    for step in _JITTERS:
-        added = step * scale if scale > 0 else step
-        raised = matrix.clone()
-        raised.diagonal().add_(added)
-        factor, info = torch.linalg.cholesky_ex(raised)
-        pivots = factor.diagonal().square()
-        if int(info) == 0 and bool((pivots > _SMALLEST_PIVOT * raised.diagonal()).all()):
-            return factor, added
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    mean = before.mean(-1) if matrix.shape[-1] else before.sum(-1)
+    scale = torch.where(mean > 0, mean, 1.0)
+    added, good = torch.zeros_like(scale), torch.zeros_like(scale, dtype=torch.bool)
+    try:
+        for step in _JITTERS:
+            added = torch.where(good, added, step * scale)
+            torch.add(before, added[..., None], out=diagonal)
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+            good = (info == 0) & (pivots > _SMALLEST_PIVOT * diagonal).all(-1)
+            if bool(good.all()):
+                return factor, float(added.max())
+    finally:
+        diagonal.copy_(before)
     raise RepairError(
-        f"{name}: the least-squares system of {len(matrix)} unknowns is singular; give more "
+        f"{name}: the least-squares system of {matrix.shape[-1]} unknowns is singular; give more "
         "calibration images or a larger ridge"
     )
 
@@ -82,45 +88,60 @@ def solve_full(
     *,
     ridge: float = 1e-4,
     intercept: bool = True,
+    overwrite: bool = False,
     name: str = "the consumer",
 ) -> tuple[Tensor, Tensor]:
     """New weights and intercept of a consumer whose input has changed.
 
     argmin over W, b of E || t - W phi - b ||^2 + lambda || W - prior ||^2, lambda = ridge times the
     mean diagonal of the system. Where columns depend on each other, the solution nearest to prior.
+    A leading dimension, if there is one, is that of several systems (the groups of a convolution),
+    each solved by itself.
 
     Args:
-        second: (S, S) E[phi phi'] of the input as it is now.
-        mean: (S,) E[phi].
-        cross: (S, N) E[phi t'] with the target t.
-        y_mean: (N,) E[t].
-        prior: (N, S) the weights to stay near to.
+        second: (..., S, S) E[phi phi'] of the input as it is now.
+        mean: (..., S) E[phi].
+        cross: (..., S, N) E[phi t'] with the target t.
+        y_mean: (..., N) E[t].
+        prior: (..., N, S) the weights to stay near to.
         ridge: at least 0.
         intercept: whether b is free; else it is 0.
+        overwrite: `second` is not needed any more, which spares a copy.
 
     Returns:
-        W (N, S) and b (N,), float64.
+        W (..., N, S) and b (..., N), float64.
 
     Raises:
-        RepairError: the system is not finite, or not positive semi-definite.
+        RepairError: a system is not finite, or not positive semi-definite.
     """
-    second, mean, cross = second.double(), mean.double(), cross.double()
+    system = second.double() if overwrite else second.to(torch.float64, copy=True)
+    mean, cross = mean.double(), cross.double()
     y_mean, prior = y_mean.double(), prior.double()
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
     if intercept:
-        energy = second.diagonal()
-        second = torch.addr(second, mean, mean, alpha=-1)
-        cross = torch.addr(cross, mean, y_mean, alpha=-1)
-        constant = second.diagonal().abs() <= _CONSTANT * energy.abs()
-        second[constant], second[:, constant], cross[constant] = 0, 0, 0
+        energy = diagonal.clone()
+        _subtract_outer(system, mean)
+        cross = cross - mean[..., None] * y_mean[..., None, :]
+        constant = diagonal.abs() <= _CONSTANT * energy.abs()
+        if bool(constant.any()):
+            system.masked_fill_(constant[..., None], 0).masked_fill_(constant[..., None, :], 0)
+            cross.masked_fill_(constant[..., None], 0)
     # The change from the prior is the unknown, so that what is singular moves nothing.
-    lost = cross - second @ prior.T
-    system = second.clone()
-    system.diagonal().add_(ridge * float(second.diagonal().mean()) if len(second) else 0.0)
+    lost = cross - system @ prior.mT
+    if system.shape[-1]:
+        diagonal.add_(ridge * diagonal.mean(-1, keepdim=True))
     factor, _ = cholesky(system, name)
-    weight = prior + torch.cholesky_solve(lost, factor).T
-    bias = y_mean - weight @ mean if intercept else torch.zeros_like(y_mean)
+    weight = prior + torch.cholesky_solve(lost, factor).mT
+    bias = y_mean - (weight @ mean[..., None])[..., 0] if intercept else torch.zeros_like(y_mean)
     if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
         raise RepairError(
             f"{name}: the repaired weights are not finite; check the targets and calibration images"
         )
     return weight, bias
+
+
+def _subtract_outer(matrix: Tensor, vector: Tensor) -> None:
+    """matrix -= vector vector', in place and with no copy of the matrix."""
+    size = matrix.shape[-1]
+    rows = vector.reshape(-1, size)
+    matrix.view(-1, size, size).baddbmm_(rows[:, :, None], rows[:, None, :], alpha=-1)

@@ -12,7 +12,7 @@ from torch import nn
 
 from thinet.allocate import error_widths
 from thinet.budget import Budget, check_reached, uniform_widths
-from thinet.calibrate.batches import calibration_pairs
+from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.collect import Observations, Rows, collect
 from thinet.calibrate.gradients import Gradients, collect_gradients
@@ -23,6 +23,7 @@ from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
 from thinet.errors import CalibrationError, OptionError
 from thinet.plan import Plan
+from thinet.refine import AFFORDED, ITERATIONS, Refined, refine
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
 from thinet.selection import named_groups, select_groups
 from thinet.trace.analyse import analyse
@@ -34,6 +35,12 @@ from thinet.verify import verify_cut
 Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
 Widths = Literal["error", "uniform"]
+
+NOT_REFINED = (
+    "producers and consumers were not refitted together: a pass over the calibration images costs "
+    "{passed:.2g} multiply-adds, and that takes some fifty; RepairSettings(refine=5) or --refine 5 "
+    "does it"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,13 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was asked, what was reached, and how. Costs are for one batch of the example inputs."""
+    """What was asked, what was reached, and how. Costs are for one batch of the example inputs.
+
+    Attributes:
+        refitted, not_refitted: layers; the latter with the reason.
+        refined: for each pair of layers that was refitted together, its mean squared error before
+            and after.
+    """
 
     criterion: str
     repair: str
@@ -73,6 +86,7 @@ class PruneReport:
     groups: tuple[GroupReport, ...]
     refitted: tuple[str, ...]
     not_refitted: Mapping[str, str]
+    refined: Mapping[str, tuple[float, float]]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
@@ -160,6 +174,7 @@ def prune(
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device)
     batches = [inputs for inputs, _ in pairs]
+    images = sum(images_in(batch) for batch in batches)
     clock.lap("groups")
     needs = chosen.needs | ({"hessians"} if by_error else set())
     cut_groups = [g for g in groups if by_error or kept[g.name] < g.channels]
@@ -193,16 +208,28 @@ def prune(
     if verify:
         verify_cut(model, small, example_inputs, analysis, keep)
     clock.lap("cutting")
-    repaired = Repaired((), {})
+    repaired, refined = Repaired((), {}), Refined({}, {})
     if repair == "full":
         repaired = repair_full(
             small, plan, seen, batches, settings=repair_settings, progress=progress
         )
     elif repair == "scale":
         repaired = repair_scale(small, model, cut_groups, plan, seen)
+    clock.lap("repairing")
+    if repair == "full":
+        iterations = repair_settings.refine if repair_settings else None
+        passed = analysis.costs.macs({}) / max(images_in(example_inputs), 1) * images
+        if iterations is None and passed > AFFORDED:
+            notes += (NOT_REFINED.format(passed=passed),)
+        elif iterations != 0:
+            refined = refine(
+                small, model, plan, batches,
+                iterations=iterations or ITERATIONS, seed=seed, progress=progress,
+            )  # fmt: skip
+            clock.lap("refining")
     if recalibrate:
         small = recalibrate_bn(small, batches)
-    clock.lap("repairing")
+        clock.lap("recalibrating")
     settings = {
         "criterion": criterion,
         "repair": repair,
@@ -233,6 +260,7 @@ def prune(
         groups=tuple(_group_report(g, groups, kept, orders) for g in analysis.groups),
         refitted=repaired.refitted,
         not_refitted=repaired.skipped,
+        refined=refined.errors,
         seconds=clock.laps,
         notes=notes,
     )

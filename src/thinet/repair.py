@@ -11,25 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, columns_of
+from thinet.calibrate.blocks import BlockMoments
+from thinet.calibrate.collect import WIDEST, LayerTargets, Observations
 from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
-from thinet.calibrate.patches import dense_weight, output_rows, patches
+from thinet.calibrate.patches import dense_weight, output_rows, row_blocks
 from thinet.calibrate.statistics import site_gram
 from thinet.errors import OptionError
 from thinet.lstsq import solve_full, solve_scale
 from thinet.plan import Plan
+from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.interpret import Environment, Execution, dependencies
 from thinet.trace.record import Op
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 SHARED = "its weights are used more than once"
+IN_TURN = "its weights are used again on what they have made"
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,21 @@ class RepairSettings:
         ridge: pull towards the old weights, relative to the mean diagonal of the system.
         layers: "all" layers behind the first cut, or only the "consumers" of cut channels.
         shortcut: make up for what the shortcut has lost.
+        refine: iterations of the joint refit of producers and consumers that follows
+            (`thinet.refine`), 0 for none. None: as many as pay, if a pass over the calibration
+            images is cheap enough (`AFFORDED`).
     """
 
     ridge: float = 1e-3
     layers: str = "all"
     shortcut: bool = True
+    refine: int | None = None
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise OptionError(f"ridge is at least 0; got {self.ridge!r}")
+        if self.refine is not None and (not isinstance(self.refine, int) or self.refine < 0):
+            raise OptionError(f"refine is a whole number from 0, or None; got {self.refine!r}")
         if self.layers not in ("all", "consumers"):
             raise OptionError(f"unknown layers {self.layers!r}; choose all or consumers")
 
@@ -68,21 +78,28 @@ def repair_full(
     batches: Sequence[ExampleInputs],
     *,
     settings: RepairSettings | None = None,
+    store: Store | None = None,
     progress: Progress | None = None,
 ) -> Repaired:
     """Refit the layers of a freshly cut network, in place.
 
+    A convolution with groups is as many small least squares; a layer that is used several times is
+    one over all its uses, with an intercept only where it has a bias.
+
     Args:
         small: the cut network.
         plan: how it was cut.
-        seen: targets of the dense network, collected on the same batches.
+        seen: targets of the dense network, collected on the same batches; those of refitted layers
+            are used up.
         batches: the calibration inputs.
+        store: where the activations of waiting batches rest.
 
     Raises:
         RepairError: a system cannot be solved; names the layer. Nothing is changed then.
         CalibrationError: activations that are not finite.
     """
-    return _Pass(small, plan, seen, batches, settings or RepairSettings(), progress).run()
+    settings = settings or RepairSettings()
+    return _Pass(small, plan, seen, batches, settings, store, progress).run()
 
 
 def repair_scale(
@@ -147,22 +164,40 @@ class _Pass:
         seen: Observations,
         batches: Sequence[ExampleInputs],
         settings: RepairSettings,
+        store: Store | None,
         progress: Progress | None,
     ) -> None:
         self.small, self.seen, self.settings = small, seen, settings
-        self.batches, self.progress = batches, progress
+        self.batches, self.store, self.progress = batches, store, progress
         self.execution = Execution(small)
         self.program = self.execution.program(batches[0])
         self.layers = find_layers(self.program)
         self.dense = same_layers(self.layers, seen.layers)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
-        self.touched = self._touched()
         self.refitted: list[str] = []
         self.skipped: dict[str, str] = {}
 
     def run(self) -> Repaired:
-        self.execution.run(self.batches, before=self._before, order=self._order())
+        touched = self._touched()
+        uses: dict[tuple[str, str | None], list[Layer]] = {}
+        for layer in self.layers.values():
+            uses.setdefault((layer.weight, layer.bias), []).append(layer)
+        wanted = [together for together in uses.values() if any(u.op in touched for u in together)]
+        if self.settings.layers == "consumers":
+            wanted = [together for together in wanted if (together[0].weight, 1) in self.kept]
+        order = self._order(wanted)
+        place = {index: number for number, index in enumerate(order)}
+        self.due: dict[int, list[Layer]] = {}
+        for together in wanted:
+            reason = self._cannot(together, place)
+            if reason is None:
+                self.due[min((u.op for u in together), key=place.__getitem__)] = together
+            else:
+                self.skipped[_name(together)] = reason
+        self.execution.run(
+            self.batches, before=self._before, order=order, meet=self.due, store=self.store
+        )
         new = self.execution.tensors
         with torch.no_grad():
             for name, tensor in named_tensors(self.small):
@@ -184,84 +219,84 @@ class _Pass:
             or (layer.shortcut is not None and layer.shortcut.id in changed)
         }
 
-    def _order(self) -> list[int]:
-        """As recorded, but what a shortcut needs comes before the layer that makes up for it."""
-        sources = {i: shortcut_source(self.program, layer) for i, layer in self.layers.items()}
-        first = {i: [source] for i, source in sources.items() if source is not None}
+    def _order(self, wanted: Sequence[Sequence[Layer]]) -> list[int]:
+        """As recorded, but what a shortcut needs comes before the layer that makes up for it, and
+        the inputs of all uses of a weight before the first of them."""
+        first: dict[int, list[int]] = {}
+        for together in wanted:
+            shortcuts = [shortcut_source(self.program, use) for use in together]
+            sources = [source for source in shortcuts if source is not None]
+            for use in together:
+                others = [u for u in together if u is not use]
+                first[use.op] = [*sources, *(n for u in others for n in sorted(self.needs[u.op]))]
         return in_order(self.program, self.needs, first)
 
-    def _before(self, op: Op, envs: Sequence[Environment]) -> None:
-        layer = self.layers.get(op.index)
-        if layer is None or op.index not in self.touched:
-            return
-        name = layer.weight.removesuffix(".weight")
-        if self.settings.layers == "consumers" and (layer.weight, 1) not in self.kept:
-            return
-        reason = self._cannot(layer)
-        if reason is not None:
-            self.skipped[name] = reason
-            return
-        self._refit(layer, envs)
-        self.refitted.append(name)
-        if self.progress is not None:
-            self.progress("repairing", op.index + 1, len(self.program.ops))
-
-    def _cannot(self, layer: Layer) -> str | None:
-        columns = columns_of(layer, self.execution.tensors[layer.weight])
-        if self.dense.get(layer.op) not in self.seen.targets:
+    def _cannot(self, together: Sequence[Layer], place: Mapping[int, int]) -> str | None:
+        """Why the uses of one weight cannot be refitted together."""
+        if any(self.dense.get(use.op) not in self.seen.targets for use in together):
             return "the dense network has no such layer"
-        if layer.shared:
+        if any(use.uses != len(together) for use in together):
             return SHARED
-        if layer.geometry.groups > 1:
-            return "grouped convolutions are not refitted"
+        start = min(place[use.op] for use in together)
+        if any(place[need] >= start for use in together for need in self.needs[use.op]):
+            return IN_TURN
+        columns = self.execution.tensors[together[0].weight][0].numel()
         if columns > WIDEST:
             return f"its {columns} input columns are more than {WIDEST}"
         return None
 
-    def _refit(self, layer: Layer, envs: Sequence[Environment]) -> None:
-        tensors = self.execution.tensors
-        weight = tensors[layer.weight]
-        columns = columns_of(layer, weight)
-        targets = self.seen.targets[self.dense[layer.op]]
-        outputs = self.kept.get((layer.weight, 0))
-        moments = Moments(
-            columns, len(weight), where=layer.module or layer.weight, device=weight.device
-        )
-        for number, env in enumerate(envs):
-            positions = targets.positions[number]
-            phi = patches(env[layer.x.id], layer.geometry, positions)
-            moments.add(phi, self._target(layer, targets, number, env, outputs, positions))
-        free = layer.bias is not None or layer.norm is not None
+    def _before(self, op: Op, envs: Sequence[Environment]) -> None:
+        together = self.due[op.index]
+        self._refit(together, envs)
+        self.refitted.append(_name(together))
+        for use in together:  # they are used up, and memory may be short
+            del self.seen.targets[self.dense[use.op]]
+        if self.progress is not None:
+            self.progress("repairing", op.index + 1, len(self.program.ops))
+
+    def _refit(self, together: Sequence[Layer], envs: Sequence[Environment]) -> None:
+        tensors, layer = self.execution.tensors, together[0]
+        weight, groups = tensors[layer.weight], layer.geometry.groups
+        name = layer.module or layer.weight
+        prior = weight.flatten(1)
+        options: dict[str, Any] = {"where": name, "device": weight.device}
+        if groups == 1:
+            moments = Moments(prior.shape[1], len(prior), **options)
+        else:
+            prior = prior.view(groups, -1, prior.shape[1])
+            moments = BlockMoments(groups, prior.shape[2], prior.shape[1], **options)
+        for use in together:
+            targets = self.seen.targets[self.dense[use.op]]
+            for number, env in enumerate(envs):
+                target = self._target(use, targets, number, env)
+                for rows, phi in row_blocks(env[use.x.id], use.geometry, targets.positions[number]):
+                    moments.add(phi, target[rows])
+        norm = layer.norm if layer.bias is None and len(together) == 1 else None
         new, intercept = solve_full(
             moments.second,
             moments.mean,
             moments.cross,
             moments.y_mean,
-            weight.flatten(1),
+            prior,
             ridge=self.settings.ridge,
-            intercept=free,
-            name=layer.module or layer.weight,
+            intercept=layer.bias is not None or norm is not None,
+            overwrite=True,
+            name=name,
         )
         tensors[layer.weight] = new.reshape(weight.shape).to(weight)
-        if layer.transposed is not None:  # it was made before this layer's turn came
-            for env in envs:
-                env[layer.transposed.id] = tensors[layer.weight].T
+        for use in together:
+            if use.transposed is not None:  # it was made before this layer's turn came
+                for env in envs:
+                    env[use.transposed.id] = tensors[layer.weight].T
         if layer.bias is not None:
-            tensors[layer.bias] = intercept.to(tensors[layer.bias])
-        elif layer.norm is not None:
-            mean = tensors[layer.norm.mean]
-            tensors[layer.norm.mean] = mean - intercept.to(mean)
+            tensors[layer.bias] = intercept.flatten().to(tensors[layer.bias])
+        elif norm is not None:
+            mean = tensors[norm.mean]
+            tensors[norm.mean] = mean - intercept.flatten().to(mean)
 
-    def _target(
-        self,
-        layer: Layer,
-        targets: LayerTargets,
-        number: int,
-        env: Environment,
-        outputs: tuple[int, ...] | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        y = targets.y[number]
+    def _target(self, layer: Layer, targets: LayerTargets, number: int, env: Environment) -> Tensor:
+        y, positions = targets.y[number], targets.positions[number]
+        outputs = self.kept.get((layer.weight, 0))
         pick = None if outputs is None else torch.tensor(outputs, device=y.device)
         y = y if pick is None else y[:, pick]
         shortcut = layer.shortcut
@@ -282,3 +317,7 @@ class _Pass:
             gain = gain * tensors[norm.scale]
         dead = gain.abs() < 1e-3 * gain.abs().max()
         return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
+
+
+def _name(together: Sequence[Layer]) -> str:
+    return together[0].weight.removesuffix(".weight")

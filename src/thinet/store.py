@@ -142,6 +142,10 @@ class Kept:
         self._store._read(self._place, found)
         return found.to(device)
 
+    def take(self) -> Tensor:
+        """A copy that one may write into."""
+        return self.get() if self._tensor is None else self._tensor.clone()
+
     def spill(self) -> None:
         """Move it from memory to the file."""
         if self._tensor is not None and self.size:

@@ -41,7 +41,7 @@ def calibration_pairs(
         inputs, target = batch, None
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             inputs, target = batch
-        tensors = [x for x in _leaves(inputs) if isinstance(x, torch.Tensor)]
+        tensors = tensors_in(inputs)
         if not tensors:
             raise CalibrationError(
                 f"calibration batch {number} is {type(batch).__name__} without a tensor; give "
@@ -66,8 +66,13 @@ def calibration_pairs(
 
 def images_in(inputs: ExampleInputs) -> int:
     """The batch size: the first dimension of the first tensor that has one."""
-    shapes = [x.shape for x in _leaves(inputs) if isinstance(x, torch.Tensor) and x.ndim]
+    shapes = [x.shape for x in tensors_in(inputs) if x.ndim]
     return shapes[0][0] if shapes else 1
+
+
+def tensors_in(inputs: ExampleInputs) -> list[torch.Tensor]:
+    """All tensors of one batch."""
+    return [x for x in _leaves(inputs) if isinstance(x, torch.Tensor)]
 
 
 def _leaves(inputs: Any) -> list[Any]:

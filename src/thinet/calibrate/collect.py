@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from thinet.calibrate.batches import images_in
+from thinet.calibrate.batches import images_in, tensors_in
 from thinet.calibrate.gram import gram_rows, unit_sums
-from thinet.calibrate.layers import Layer, find_layers, same_layers
+from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import (
+    BLOCK,
     dense_weight,
     output_rows,
     patches,
     position_grid,
+    row_blocks,
     sample_positions,
 )
 from thinet.calibrate.responses import zero_share
 from thinet.calibrate.sampling import paper_rows
 from thinet.errors import CalibrationError, OptionError
-from thinet.trace.interpret import Environment, Execution
+from thinet.store import GIB, Shelf, Store
+from thinet.trace.environment import Environment, peak_bytes
+from thinet.trace.interpret import Execution
 from thinet.trace.record import Op, Program
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
@@ -31,6 +36,11 @@ DRAWS = 10  # single outputs of each image in the paper's sampling
 
 WIDEST = 6144
 """Columns of a consumer's input up to which its second moments are formed."""
+
+SYSTEMS = 4
+"""Matrices as large as the largest second moments that selection and repair hold at once."""
+
+ENTRY = 8  # bytes of a float64
 
 SKETCH = 256
 """Random mixtures of a wider consumer's outputs from which its gram is estimated."""
@@ -44,7 +54,7 @@ class Rows:
     determined, and at least `least`.
     """
 
-    per_column: int = 16
+    per_column: int = 8
     least: int = 16384
 
     def __post_init__(self) -> None:
@@ -63,8 +73,8 @@ class LayerTargets:
     """
 
     positions: list[Tensor | None] = field(default_factory=list)
-    y: list[Tensor] = field(default_factory=list)
-    shortcut: list[Tensor] = field(default_factory=list)
+    y: Shelf = field(default_factory=Shelf)
+    shortcut: Shelf = field(default_factory=Shelf)
 
 
 @dataclass
@@ -73,13 +83,15 @@ class Observations:
 
     `moments` of the consumers' inputs; where these would be too wide, or the paper's sampling was
     asked for, instead `grams` (units, units) by operation and group name, and the moments of the
-    layer's `outputs`. `zeros` are shares per input channel.
+    layer's `outputs`. `signals` are moments of the consumers' outputs as they go on, behind a
+    BatchNorm and with their shortcut. `zeros` are shares per input channel.
     """
 
     layers: Mapping[int, Layer]
     moments: dict[int, Moments] = field(default_factory=dict)
     grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     outputs: dict[int, Moments] = field(default_factory=dict)
+    signals: dict[int, Moments] = field(default_factory=dict)
     zeros: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, LayerTargets] = field(default_factory=dict)
 
@@ -120,6 +132,8 @@ class Collector:
         keep_targets: whether outputs are kept at sampled positions.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
+        again: whether another pass has seen all but the moments of `measured`.
+        measured: the consumers whose moments are taken in this pass.
     """
 
     execution: Execution
@@ -132,6 +146,9 @@ class Collector:
     sampling: str
     rows: Rows
     seed: int
+    store: Store | None = None
+    again: bool = False
+    measured: Collection[int] = ()
     share: float = 1.0
     batch: int = 0
     _adders: dict[int, list[Layer]] = field(default_factory=dict)
@@ -143,14 +160,14 @@ class Collector:
                 self._adders.setdefault(layer.add, []).append(layer)
 
     def before(self, op: Op, envs: Sequence[Environment]) -> None:
-        for layer in self._adders.get(op.index, ()):
+        for layer in () if self.again else self._adders.get(op.index, ()):
             assert layer.shortcut is not None
-            rows = output_rows(
-                envs[0][layer.shortcut.id], layer.geometry, self._positions[layer.op]
-            )
-            self.found.targets[self.key[layer.op]].shortcut.append(rows.clone())
+            rows = self._rows(envs[0][layer.shortcut.id], layer)
+            kept = self.found.targets[self.key[layer.op]]
+            kept.shortcut.append(rows)
+            self._signal(layer, kept.y[-1], rows)
         layer = self.layers.get(op.index)
-        if layer is None:
+        if layer is None or (self.again and self.key[op.index] not in self.measured):
             return
         x, weight = envs[0][layer.x.id], self.execution.tensors[layer.weight]
         columns = columns_of(layer, weight)
@@ -161,27 +178,54 @@ class Collector:
 
     def after(self, op: Op, envs: Sequence[Environment]) -> None:
         layer = self.layers.get(op.index)
-        if layer is None:
+        if layer is None or self.again:
             return
-        key, positions = self.key[op.index], self._positions[op.index]
+        key = self.key[op.index]
+        rows = self._rows(envs[0][layer.y.id], layer)
         if self.keep_targets:
-            kept = self.found.targets.setdefault(key, LayerTargets())
-            kept.positions.append(positions)
-            kept.y.append(output_rows(envs[0][layer.y.id], layer.geometry, positions).clone())
+            if key not in self.found.targets:
+                self.found.targets[key] = LayerTargets([], Shelf(self.store), Shelf(self.store))
+            kept = self.found.targets[key]
+            kept.positions.append(self._positions[op.index])
+            kept.y.append(rows)
+            if layer.add is None:
+                self._signal(layer, rows, None)
         if key in self.found.outputs:
-            y = output_rows(envs[0][layer.y.id], layer.geometry, positions)
-            self.found.outputs[key].add(y[:, :0], y)
+            self.found.outputs[key].add(rows[:, :0], rows)
+
+    def _rows(self, y: Tensor, layer: Layer) -> Tensor:
+        positions = self._positions[layer.op]
+        rows = output_rows(y, layer.geometry, positions)
+        return rows.clone() if positions is None else rows
+
+    def _signal(self, layer: Layer, y: Tensor, shortcut: Tensor | None) -> None:
+        """Add what goes on from a consumer."""
+        key = self.key[layer.op]
+        if key not in self.consumers:
+            return
+        if key not in self.found.signals:
+            self.found.signals[key] = Moments(
+                0, y.shape[1], where=layer.module or layer.weight, device=y.device
+            )
+        signal = y * output_gains(layer.norm, y.shape[1], self.execution.tensors).to(y)
+        signal = signal if shortcut is None else signal + shortcut
+        self.found.signals[key].add(signal[:, :0], signal)
 
     def _measure(
         self, layer: Layer, x: Tensor, weight: Tensor, positions: Tensor | None, columns: int
     ) -> None:
         found, key = self.found, self.key[layer.op]
         where = f"{layer.module or 'the model itself'} ({layer.weight})"
-        if self.zeros:
+        if self.zeros and not self.again:
             maps = x if layer.geometry.rank else x.reshape(-1, x.shape[-1])
             counted = zero_share(maps).cpu() * self.share
             found.zeros[key] = found.zeros.get(key, 0) + counted
-        if self.sampling == "paper" or columns > WIDEST:
+        if key in self.measured:
+            if key not in found.moments:
+                found.moments[key] = Moments(columns, where=where, device=x.device)
+            for _, phi in row_blocks(x, layer.geometry, positions):
+                found.moments[key].add(phi)
+        elif self.sampling == "paper" or columns > WIDEST:
             if not bool(torch.isfinite(x).all()):
                 raise CalibrationError(
                     f"{where}: its input holds NaN or infinite values; check the calibration "
@@ -192,10 +236,6 @@ class Collector:
             for name, count, units in self.consumers[key]:
                 part = self._gram(layer, x, weight, positions, units, count).cpu() * self.share
                 found.grams[key, name] = found.grams.get((key, name), 0) + part
-            return
-        if key not in found.moments:
-            found.moments[key] = Moments(columns, where=where, device=x.device)
-        found.moments[key].add(patches(x, layer.geometry, positions))
 
     def _gram(
         self,
@@ -230,9 +270,13 @@ def collect(
     sampling: str = "exact",
     rows: Rows | None = None,
     seed: int = 0,
+    store: Store | None = None,
     progress: Progress | None = None,
 ) -> Observations:
-    """Run the dense network once over the batches and keep only sums and sampled targets.
+    """Run the dense network over the batches and keep only sums and sampled targets.
+
+    Once, or where the moments of all consumers are more than the store has room for, once for each
+    part of them; what is found is the same.
 
     Args:
         program: the traced program, to which the groups' sites and what is found refer.
@@ -242,24 +286,36 @@ def collect(
         sampling: "exact" (all filters at the sampled positions) or "paper" (10 single outputs of
             each image, ThiNet section 3.2.1).
         rows: how many positions are sampled in each layer.
+        store: where targets and moments rest, and what bounds them.
 
     Raises:
         CalibrationError: activations that are not finite (names the layer), or batches that do
             not fit the model.
+        OptionError: the store's bound is less than the work itself needs.
     """
     execution = Execution(model)
     layers, traced = find_layers(execution.program(batches[0])), find_layers(program)
     key = same_layers(layers, traced)
-    found = Observations({key[op]: layer for op, layer in layers.items() if op in key})
+    layers = {op: layer for op, layer in layers.items() if op in key}
+    found = Observations({key[op]: layer for op, layer in layers.items()})
     consumers: dict[int, list[tuple[str, int, Tensor]]] = {}
     for group in groups:
         for site in group.sites:
             units = torch.tensor(site.units)
             consumers.setdefault(site.op, []).append((group.name, group.channels, units))
+    columns = {
+        key[op]: columns_of(each, execution.tensors[each.weight]) for op, each in layers.items()
+    }
+    solved = {op: count for op, count in columns.items() if count <= WIDEST}
+    passes = [[op for op in solved if op in consumers] if sampling == "exact" else []]
+    if store is not None:
+        systems = SYSTEMS * ENTRY * max((n**2 for n in solved.values()), default=0)
+        store.set_aside(*_work(execution, batches, found.layers, columns, systems))
+        passes = _passes(passes[0], columns, systems + store.limit // 2)
     collector = Collector(
         execution=execution,
         found=found,
-        layers={op: layer for op, layer in layers.items() if op in key},
+        layers=layers,
         key=key,
         consumers=consumers,
         keep_targets=targets,
@@ -267,11 +323,58 @@ def collect(
         sampling=sampling,
         rows=rows or Rows(),
         seed=seed,
+        store=store,
     )
     images = sum(images_in(batch) for batch in batches)
-    for number, batch in enumerate(batches):
-        collector.share, collector.batch = images_in(batch) / images, number
-        execution.run([batch], before=collector.before, after=collector.after)
-        if progress is not None:
-            progress("measuring the dense network", number + 1, len(batches))
+    for turn, measured in enumerate(passes):
+        collector.measured, collector.again = measured, turn > 0
+        size = sum(ENTRY * columns[op] ** 2 for op in measured)
+        with nullcontext() if store is None else store.reserved(max(size - systems, 0)):
+            for number, batch in enumerate(batches):
+                collector.share, collector.batch = images_in(batch) / images, number
+                execution.run([batch], before=collector.before, after=collector.after)
+                if progress is not None:
+                    done = turn * len(batches) + number + 1
+                    progress("measuring the dense network", done, len(passes) * len(batches))
+        for op in measured if store is not None else ():
+            found.moments[op].rest(store)
     return found
+
+
+def _passes(ops: Sequence[int], columns: Mapping[int, int], room: int) -> list[list[int]]:
+    """The consumers in parts whose moments fit into memory together, in order."""
+    passes: list[list[int]] = [[]]
+    left = room
+    for op in sorted(ops):
+        size = ENTRY * columns[op] ** 2
+        if size > left and passes[-1]:
+            passes.append([])
+            left = room
+        passes[-1].append(op)
+        left -= size
+    return passes
+
+
+def _work(
+    execution: Execution,
+    batches: Sequence[ExampleInputs],
+    layers: Mapping[int, Layer],
+    columns: Mapping[int, int],
+    systems: int,
+) -> tuple[int, str]:
+    """Bytes that no store can spare, and what they are for."""
+    largest = max(batches, key=images_in)
+    images = sum(t.nbytes for batch in batches for t in tensors_in(batch))
+    batch = peak_bytes(execution.program(largest))
+    entries = (math.prod(v.y.shape[:1] + v.y.shape[2:]) * columns[op] for op, v in layers.items())
+    rows = 3 * 4 * min(max(entries, default=0), BLOCK)
+    model = sum(tensor.nbytes for tensor in execution.tensors.values())
+    parts = {
+        "the calibration images": images,
+        f"what the model computes for {images_in(largest)} images at a time": batch,
+        "the inputs of a layer in rows": rows,
+        "the largest least-squares system": systems,
+        "the smaller model": model,
+    }
+    text = ", ".join(f"{size / GIB:.3g} for {name}" for name, size in parts.items())
+    return sum(parts.values()), f"{text}; calibrate in smaller batches or with fewer images"

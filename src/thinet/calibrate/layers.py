@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from thinet.calibrate.patches import Geometry
 from thinet.trace.record import Op, Program, Value, values_of
 
@@ -34,7 +37,7 @@ class Layer:
         norm: the BatchNorm that alone reads y, if there is one.
         shortcut: what is added to y (behind the norm), if its sum alone goes on.
         add: index of that addition.
-        shared: whether anything else uses the same weight or bias.
+        uses: how many operations read its weight or, where those are more, its bias.
     """
 
     op: int
@@ -48,7 +51,20 @@ class Layer:
     norm: Affine | None
     shortcut: Value | None
     add: int | None
-    shared: bool
+    uses: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether anything else uses the same weight or bias."""
+        return self.uses > 1
+
+
+def output_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(outputs,) float64: what the BatchNorm behind a layer multiplies each output with."""
+    if norm is None:
+        return torch.ones(outputs, dtype=torch.float64)
+    gains = torch.rsqrt(tensors[norm.var].double() + norm.eps)
+    return gains if norm.scale is None else gains * tensors[norm.scale].double()
 
 
 def find_layers(program: Program) -> dict[int, Layer]:
@@ -88,8 +104,8 @@ def find_layers(program: Program) -> dict[int, Layer]:
             norm=norm,
             shortcut=shortcut,
             add=add,
-            shared=any(
-                _uses(p, readers, transposed, returned) > 1 for p in (weight, bias) if p is not None
+            uses=max(
+                _uses(p, readers, transposed, returned) for p in (weight, bias) if p is not None
             ),
         )
     return found

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinet.errors import CalibrationError
+from thinet.store import Kept, Store
 
 _ROWS = 4096  # rows multiplied in the rows' own precision before the float64 sum
 _LIMIT = 1e16  # float32 values from here on overflow in sums of squares
@@ -52,6 +53,7 @@ class Moments:
         self._y, self._yy = zeros(targets), zeros(targets)
         self._shift, self._y_shift = zeros(columns), zeros(targets)
         self._shifted = False
+        self._resting: Kept | None = None
 
     @property
     def columns(self) -> int:
@@ -80,9 +82,10 @@ class Moments:
             )
         phi = _at_least_float32(phi.detach())
         y = None if y is None else _at_least_float32(y.detach()).to(phi.dtype)
-        self._check_finite(phi, "input")
+        self._wake()
+        check_finite(phi, self.where, "input")
         if y is not None:
-            self._check_finite(y, "output")
+            check_finite(y, self.where, "output")
         if not self._shifted and len(phi):
             self._move(_first_mean(phi), self._y_shift if y is None else _first_mean(y))
             self._shifted = True
@@ -112,19 +115,9 @@ class Moments:
         self._cross -= torch.outer(self._phi, y_step)
         self._yy += self.rows * y_step.square()
 
-    def _check_finite(self, values: Tensor, side: str) -> None:
-        limit = _LIMIT if values.dtype == torch.float32 else float("inf")
-        if not values.numel() or max(abs(float(v)) for v in values.aminmax()) < limit:
-            return
-        bad = ~(values.abs() < limit).all(0)
-        raise CalibrationError(
-            f"{self.where}: {int(bad.sum())} of {len(bad)} {side} columns hold NaN, infinite or "
-            f"overflowing values (first: column {int(bad.int().argmax())}); check the "
-            "calibration images and the weights before this layer"
-        )
-
     def _centred(self) -> Tensor:
         """(d, d) sum of (phi - shift)(phi - shift)', both triangles."""
+        self._wake()
         for start in range(0, self.columns, _PANEL):
             stop = start + _PANEL
             self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
@@ -159,7 +152,11 @@ class Moments:
     def covariance(self) -> Tensor:
         """(d, d) mean of (phi - mean)(phi - mean)'."""
         offset = self._phi / self._counted()
-        return (self._centred() / self.rows).addr_(offset, offset, alpha=-1)
+        if self._resting is None:
+            total = self._centred() / self.rows
+        else:
+            total = self._resting.take().div_(self.rows)
+        return total.addr_(offset, offset, alpha=-1)
 
     def cross_covariance(self) -> Tensor:
         """(d, N) mean of (phi - mean)(y - mean)'."""
@@ -170,6 +167,14 @@ class Moments:
         """(N,) variance of y."""
         count = self._counted()
         return (self._yy / count - (self._y / count).square()).clamp_(min=0)
+
+    def rest(self, store: Store) -> None:
+        """Put the large sum into a store; `covariance` and `second` read it there."""
+        self._resting, self._upper = store.put(self._centred()), self._upper.new_empty(0, 0)
+
+    def _wake(self) -> None:
+        if self._resting is not None:
+            self._upper, self._resting = self._resting.take(), None
 
     def select(self, columns: Tensor) -> Moments:
         """The moments of some of the columns, as if only these had been added."""
@@ -244,6 +249,19 @@ class Moments:
         if not self.rows:
             raise CalibrationError(f"{self.where}: no calibration rows; give at least one image")
         return self.rows
+
+
+def check_finite(values: Tensor, where: str, side: str) -> None:
+    """Raise a `CalibrationError` that names the first bad column of (rows, columns) values."""
+    limit = _LIMIT if values.dtype == torch.float32 else float("inf")
+    if not values.numel() or max(abs(float(v)) for v in values.aminmax()) < limit:
+        return
+    bad = ~(values.abs() < limit).all(0)
+    raise CalibrationError(
+        f"{where}: {int(bad.sum())} of {len(bad)} {side} columns hold NaN, infinite or "
+        f"overflowing values (first: column {int(bad.int().argmax())}); check the "
+        "calibration images and the weights before this layer"
+    )
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from thinet.errors import CalibrationError
+
+BLOCK = 1 << 24  # entries of rows made at a time (64 MiB of float32)
 
 
 @dataclass(frozen=True)
@@ -164,19 +167,46 @@ def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> T
     return _windows(x, geometry, out, positions.to(x.device))
 
 
+def row_blocks(
+    x: Tensor, geometry: Geometry, positions: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """`patches` in blocks of rows, so that their memory stays small.
+
+    Yields:
+        Which of all rows, and (rows, C * taps).
+    """
+    channels = x.shape[-geometry.rank - 1]
+    most = max(BLOCK // max(channels * geometry.taps, 1), 1)
+    if geometry.rank and positions is None:
+        x = x if x.dim() == geometry.rank + 2 else x[None]
+        each = position_grid(tuple(x.shape), geometry)[1]
+        start = 0
+        for part in x.split(max(most // max(each, 1), 1)):
+            rows = slice(start, start + len(part) * each)
+            yield rows, patches(part, geometry)
+            start = rows.stop
+        return
+    linear = output_rows(x, geometry, positions) if geometry.rank == 0 else None
+    total = len(linear) if linear is not None else len(positions)
+    for start in range(0, total, most):
+        rows = slice(start, min(start + most, total))
+        yield rows, linear[rows] if linear is not None else patches(x, geometry, positions[rows])
+
+
 def _windows(x: Tensor, geometry: Geometry, out: tuple[int, ...], positions: Tensor) -> Tensor:
     images, channels = x.shape[:2]
     image, *place = torch.unravel_index(positions, (images, *out))
     taps = torch.tensor(list(product(*(range(k) for k in geometry.kernel))), device=x.device)
     inside = torch.ones(len(positions), geometry.taps, dtype=torch.bool, device=x.device)
-    index = []
+    index = image[:, None].expand_as(inside)
     for axis, start in enumerate(place):
         offset = taps[:, axis] * geometry.dilation[axis] - geometry.padding[axis]
         at = start[:, None] * geometry.stride[axis] + offset
         limit = x.shape[2 + axis]
         inside &= (at >= 0) & (at < limit)
-        index.append(at.clamp_(0, limit - 1))
-    found = x.movedim(1, -1)[(image[:, None], *index)]  # (rows, taps, C)
+        index = index * limit + at.clamp_(0, limit - 1)
+    found = x.movedim(1, -1).reshape(-1, channels).index_select(0, index.flatten())
+    found = found.view(len(positions), geometry.taps, channels)
     if any(geometry.padding):
         found.masked_fill_(~inside[..., None], 0)
     return found.transpose(1, 2).reshape(len(positions), channels * geometry.taps)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from thinet.calibrate.collect import LayerTargets, Observations
-from thinet.calibrate.gram import gram, output_energy
-from thinet.calibrate.layers import Layer
+from thinet.calibrate.collect import Observations
+from thinet.calibrate.gram import fold_units, gram
+from thinet.calibrate.layers import output_gains
 from thinet.calibrate.patches import dense_weight
 from thinet.criteria.base import Consumer, GroupStatistics
 from thinet.surgery.apply import named_tensors
@@ -32,20 +32,23 @@ def group_statistics(
         units = torch.tensor(site.units)
         weight = dense_weight(tensors[layer.weight], layer.geometry)
         if site.op in seen.moments:
-            moments = seen.moments[site.op]
-            covariance = moments.covariance()
-            energy = output_energy(covariance, weight)
+            covariance = seen.moments[site.op].covariance()
+            centred = gram(covariance, weight)
+            energy = float(centred.sum())
             gains, signal = None, energy
-            if site.op in seen.targets:
-                gains, signal = _signal(layer, seen.targets[site.op], tensors)
+            if site.op in seen.signals:
+                gains = output_gains(layer.norm, len(weight), tensors)
+                signal = float(seen.signals[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, covariance, signal, gains))
+            part = _about_zero(centred, weight, seen.moments[site.op].mean)
+            part = fold_units(part, units, group.channels)
         elif site.op in seen.outputs:
             energy = float(seen.outputs[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, None, energy))
+            part = seen.grams.get((site.op, group.name))
         else:
-            energy = 0.0
+            energy, part = 0.0, None
             consumers.append(Consumer(weight, units))
-        part = site_gram(site, group, seen, weight)
         if part is not None:  # as in the paper: in units of the consumer's own output
             part = part / energy if energy > 0 else torch.zeros_like(part)
             total = part if total is None else total + part
@@ -63,26 +66,6 @@ def group_statistics(
     )
 
 
-def _signal(
-    layer: Layer, targets: LayerTargets, tensors: Mapping[str, Tensor]
-) -> tuple[Tensor, float]:
-    """Factor of each output in the signal that goes on, and that signal's energy.
-
-    The signal is the layer's output behind its BatchNorm, with the shortcut that is added to it.
-    """
-    y = torch.cat(targets.y).double()
-    gains = torch.ones(y.shape[1], dtype=torch.float64, device=y.device)
-    norm = layer.norm
-    if norm is not None:
-        gains = torch.rsqrt(tensors[norm.var].double() + norm.eps)
-        if norm.scale is not None:
-            gains = gains * tensors[norm.scale].double()
-    signal = y * gains
-    if targets.shortcut:
-        signal = signal + torch.cat(targets.shortcut).double()
-    return gains, float(signal.var(0, unbiased=False).sum())
-
-
 def site_gram(site: Site, group: ChannelGroup, seen: Observations, weight: Tensor) -> Tensor | None:
     """ThiNet's gram of one consumer over the units of a group, None where it was not measured.
 
@@ -90,9 +73,16 @@ def site_gram(site: Site, group: ChannelGroup, seen: Observations, weight: Tenso
         weight: the consumer's, dense over groups.
     """
     if site.op in seen.moments:
-        units = torch.tensor(site.units)
-        return gram(seen.moments[site.op].second, weight, units, group.channels)
+        moments, units = seen.moments[site.op], torch.tensor(site.units)
+        found = _about_zero(gram(moments.covariance(), weight), weight, moments.mean)
+        return fold_units(found, units, group.channels)
     return seen.grams.get((site.op, group.name))
+
+
+def _about_zero(centred: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    """The (C, C) gram of a layer's inputs from that of their deviations from the mean."""
+    parts = (weight.detach().double().flatten(1) * mean).view(*weight.shape[:2], -1).sum(2)
+    return centred + parts.T @ parts
 
 
 def _unit_means(values: Tensor, units: Tensor, count: int) -> Tensor:
