@@ -102,7 +102,14 @@ def test_every_budget_with_every_sampling(sampling: Any, budget: thinet.Budget) 
     assert report.target == 0.5
     if budget.kind != "keep":
         assert abs(report.reached - 0.5) <= 0.01
-    assert set(report.seconds) == {"groups", "measuring", "choosing", "cutting", "repairing"}
+    assert set(report.seconds) == {
+        "groups",
+        "measuring",
+        "choosing",
+        "cutting",
+        "repairing",
+        "refining",
+    }
 
 
 @pytest.mark.parametrize("cls", [BasicResidualNet, ConcatNet, DepthwiseNet, GroupedNet, SENet])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 @contextmanager
@@ -75,3 +77,12 @@ def module_calls(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[str, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Tensors can carry a tangent. What torch itself loads for it warns of its own deprecation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
+        with forward_ad.dual_level():
+            yield

@@ -18,6 +18,7 @@ from thinet.prune import Repair, Sampling, Widths
 from thinet.prune import prune as cut_and_repair
 from thinet.recipes import resolve
 from thinet.recipes.apply import prune_by_recipe
+from thinet.repair import RepairSettings
 from thinet.report.data import Network, Report
 from thinet.report.rows import pruned_facts, pruned_groups, pruned_notes
 from thinet.train.evaluate import evaluate
@@ -50,6 +51,14 @@ def prune(
     repair: Annotated[
         Repair, typer.Option(help="New weights by least squares, the paper's scalars, or none.")
     ] = "full",
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Iterations of refitting producers and consumers together after a full repair, 0 "
+            "for none. Default: 5 where one pass over the images is cheap.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Groups to cut, such as 'layer*.conv1'; repeatable."),
@@ -112,6 +121,8 @@ def prune(
     asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
     asked |= options.shared_out(asked, widths=widths, divisor=divisor)
     asked |= options.freed(asked, choice=choice, normalised=normalised)
+    if refine is not None:
+        asked["repair_settings"] = RepairSettings(refine=refine)
     named = network(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)

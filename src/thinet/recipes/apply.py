@@ -19,6 +19,7 @@ from thinet.plan import Plan, Replacement
 from thinet.prune import PruneResult, Repair, Sampling, prune
 from thinet.recipes import resolve
 from thinet.recipes.recipe import Recipe
+from thinet.repair import RepairSettings
 from thinet.surgery.replace import replace
 from thinet.trace.interpret import Environment, Execution
 from thinet.trace.record import Op
@@ -38,6 +39,7 @@ def prune_by_recipe(
     keep: float | None = None,
     criterion: str = "thinet",
     repair: Repair = "full",
+    repair_settings: RepairSettings | None = None,
     recalibrate: bool = False,
     sampling: Sampling = "exact",
     verify: bool = True,
@@ -65,8 +67,8 @@ def prune_by_recipe(
     start = with_replaced(model, worked_out.replaced, batches)
     result = prune(
         start, example_inputs, batches, budget=Budget(keep=worked_out.keep), criterion=criterion,
-        repair=repair, recalibrate=recalibrate, sampling=sampling, verify=verify, seed=seed,
-        progress=progress,
+        repair=repair, repair_settings=repair_settings, recalibrate=recalibrate,
+        sampling=sampling, verify=verify, seed=seed, progress=progress,
     )  # fmt: skip
     before = count(model, example_inputs)
     plan = Plan(replaced=worked_out.replaced).then(result.plan)

@@ -91,4 +91,7 @@ def pruned_notes(report: PruneReport) -> tuple[str, ...]:
 def pruned_facts(report: PruneReport) -> tuple[tuple[str, str], ...]:
     """How it was made, name and value."""
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
-    return (("criterion", report.criterion), ("repair", report.repair), ("seconds", seconds))
+    repair = report.repair
+    if report.refined:
+        repair += f", {len(report.refined)} pairs of layers refitted together"
+    return (("criterion", report.criterion), ("repair", repair), ("seconds", seconds))
