@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -96,6 +97,19 @@ def _is_a(module: nn.Module, kind: type[nn.Module] | str) -> bool:
     return not isinstance(kind, str) and isinstance(module, kind)
 
 
+def _computed_from(module: nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensor that a computed weight has its shape from, under the name of the weight.
+
+    Parametrizations keep it in a module of their own, torch's older `weight_norm` and
+    `spectral_norm` in the layer, as `weight_v` and `weight_orig`.
+    """
+    if hasattr(module, "parametrizations"):
+        stored = [*module.get_submodule("parametrizations.weight").parameters()]
+    else:
+        stored = [own[name] for name in ("weight_orig", "weight_v") if name in own][:1]
+    return {"weight": max(stored, key=lambda p: p.ndim)} if stored else {}
+
+
 def attribute_changes(
     model: nn.Module, shapes: Mapping[str, Shape], whole: frozenset[str]
 ) -> tuple[AttributeChange, ...]:
@@ -119,9 +133,8 @@ def attribute_changes(
             for name, tensor in store.items()
             if tensor is not None and tensor.ndim > 0
         }
-        if hasattr(module, "parametrizations") and "weight" not in own:
-            originals = module.get_submodule("parametrizations.weight")
-            own["weight"] = max(originals.parameters(), key=lambda p: p.ndim)
+        if "weight" not in own:
+            own |= _computed_from(module, own)
         names = {name: first_name[id(tensor)] for name, tensor in own.items()}
         if not any(first in shapes for first in names.values()):
             continue

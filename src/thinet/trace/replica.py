@@ -34,7 +34,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy`, with an error that says what could not be copied."""
+    """`copy.deepcopy`, with an error that says what could not be copied.
+
+    Weights that are computed before each forward (torch's older weight_norm) are copied as numbers.
+    """
+    memo = {} if memo is None else memo
+    for value in [v for module in model.modules() for v in vars(module).values()]:
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            memo.setdefault(id(value), value.detach().clone())
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -65,7 +72,7 @@ def meta_twin(replica: nn.Module) -> nn.Module:
                 made = type(value)(value)
             elif name == "_modules":
                 made = type(value)({k: m if m is None else memo[id(m)] for k, m in value.items()})
-            elif not value and type(value) in (dict, OrderedDict):
+            elif type(value) in (dict, OrderedDict) and not value:
                 made = type(value)()
             else:
                 made = copy.deepcopy(value, memo)

@@ -98,6 +98,10 @@ def matmul(labels: Labeller, op: Op) -> None:
     (out,) = op.outputs()
     left, right = labels.of(a), labels.of(b)
     shared = labels.join(left[-1], right[0 if len(right) == 1 else -2], op.where)
+    if len(right) == 1 and labels.is_static(a) and labels.is_static(b) and labelled(shared):
+        # Such as the spectral norm of a weight, by which all of it is divided.
+        assert isinstance(shared, np.ndarray)
+        labels.classes.normalise(shared, f"{op.where} sums over it to compute a weight")
     batch: list[Axis] = []
     if len(left) == 3:
         batch = [labels.join(left[0], right[0], op.where)]

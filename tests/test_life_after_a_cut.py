@@ -1,0 +1,368 @@
+"""What users do with a cut model: compile, copy, pickle, wrap for several processes, train."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import thinet
+from tests.more_nets import GRUNet, LSTMNet, MultiheadAttentionNet, TiedEmbeddingNet
+from tests.nets import (
+    BasicResidualNet,
+    BatchNormVGG,
+    ConvTransposeNet,
+    DepthwiseNet,
+    GroupedNet,
+    Net,
+    SharedConvNet,
+    TwoConvNet,
+    WeightNormNet,
+)
+from tests.oracle import as_double, call, check, distance, outputs, randomise
+from thinet.vision import torchvision
+
+torch.set_num_threads(1)
+USUAL: tuple[type[Net], ...] = (
+    BatchNormVGG,
+    BasicResidualNet,
+    DepthwiseNet,
+    GroupedNet,
+    SharedConvNet,
+    ConvTransposeNet,
+    TiedEmbeddingNet,
+    MultiheadAttentionNet,
+)
+
+
+def halved(model: nn.Module, inputs: Any) -> nn.Module:
+    """A cut of every group that can be cut, to half."""
+    free = [g for g in thinet.find_groups(model, inputs) if g.locked is None and g.channels > 1]
+    assert free
+    return thinet.cut(model, inputs, {g.name: range(0, g.channels, 2) for g in free})
+
+
+def made(cls: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
+    model = randomise(cls()).eval()
+    inputs = model.example()  # type: ignore[operator]
+    return halved(model, inputs), inputs
+
+
+def gradients(model: nn.Module, inputs: Any) -> list[Tensor]:
+    model.zero_grad()
+    call(model, inputs).square().sum().backward()
+    found = [p.grad for p in model.parameters()]
+    return [g.clone() for g in found if g is not None]
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301  what was written a moment ago
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cls", USUAL, ids=lambda c: c.__name__)
+def test_it_is_copied_and_pickled(cls: type[Net]) -> None:
+    small, inputs = made(cls)
+    for twin in (copy.deepcopy(small), pickled(small)):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in small.modules()]
+        assert distance(outputs(twin, inputs), outputs(small, inputs)) == 0
+        mine = {p.data_ptr() for p in small.parameters()}
+        assert not mine & {p.data_ptr() for p in twin.parameters()}
+        assert gradients(twin, inputs)
+
+
+def test_it_goes_through_torch_save() -> None:
+    """The user's own choice of a format; explicit attention is found again by its class."""
+    small, inputs = made(MultiheadAttentionNet)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert distance(outputs(again, inputs), outputs(small, inputs)) == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "cls", [BasicResidualNet, DepthwiseNet, MultiheadAttentionNet], ids=lambda c: c.__name__
+)
+def test_it_compiles(cls: type[Net], backend: str) -> None:
+    small, inputs = made(cls)
+    torch._dynamo.reset()
+    compiled = torch.compile(small, backend=backend, fullgraph=True)
+    assert distance(outputs(compiled, inputs), outputs(small, inputs)) < 1e-5
+    ours, theirs = gradients(small, inputs), gradients(compiled, inputs)
+    assert len(ours) == len(theirs) > 0
+    assert distance(theirs, ours) < 1e-4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "cls", [BatchNormVGG, SharedConvNet, MultiheadAttentionNet], ids=lambda c: c.__name__
+)
+def test_it_is_wrapped_for_several_processes(cls: type[Net], one_process: None) -> None:
+    small, inputs = made(cls)
+    alone = gradients(copy.deepcopy(small), inputs)
+    wrapped = nn.parallel.DistributedDataParallel(small)
+    assert distance(gradients(wrapped, inputs), alone) < 1e-6
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    before = [p.detach().clone() for p in small.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "cls", [DepthwiseNet, MultiheadAttentionNet, LSTMNet, GRUNet], ids=lambda c: c.__name__
+)
+def test_every_dtype_goes_all_the_way(cls: type[Net], dtype: torch.dtype) -> None:
+    model = randomise(cls()).eval().to(dtype)
+    inputs = model.example().to(dtype)
+    groups = thinet.find_groups(model, inputs)
+    wide = [(g.name, g.channels, g.locked) for g in groups]
+    single = model.float()
+    again = thinet.find_groups(single, inputs.float())
+    assert wide == [(g.name, g.channels, g.locked) for g in again]
+    free = [g for g in groups if g.locked is None and g.channels > 1]
+    model = model.to(dtype)
+    small = thinet.cut(model, inputs, {g.name: range(1, g.channels) for g in free}, verify=False)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert small(inputs).dtype == dtype
+    assert bool(small(inputs).isfinite().all())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_channels_last_network_stays_one(rank: int) -> None:
+    conv, norm, layout = {
+        2: (nn.Conv2d, nn.BatchNorm2d, torch.channels_last),
+        3: (nn.Conv3d, nn.BatchNorm3d, torch.channels_last_3d),
+    }[rank]
+    model = nn.Sequential(conv(3, 6, 3, padding=1), norm(6), nn.ReLU(), conv(6, 4, 3, padding=1))
+    model = randomise(model).eval().to(memory_format=layout)
+    x = torch.randn(2, 3, *[5] * rank).to(memory_format=layout)
+    small = thinet.cut(model, x, {"0": [0, 2, 4]})
+    assert all(small[i].weight.is_contiguous(memory_format=layout) for i in (0, 3))
+    assert small(x).is_contiguous(memory_format=layout)
+
+
+# --- modules that are not the plain ones ----------------------------------------------------
+
+
+class MyConv(nn.Conv2d):
+    """A user's class, with attributes of the class and of the object."""
+
+    kind = "mine"
+    widths = (6, 6)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen = [self.out_channels]
+        self.double = nn.Identity()
+
+    @property
+    def width(self) -> int:
+        return self.out_channels
+
+
+class OwnClassNet(TwoConvNet):
+    def build(self) -> None:
+        self.conv1 = MyConv(3, 6, 3, padding=1)
+
+
+class SyncNet(TwoConvNet):
+    def build(self) -> None:
+        self.norm = nn.SyncBatchNorm(6)
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+
+class FrozenBatchNormNet(TwoConvNet):
+    def build(self) -> None:
+        self.norm = torchvision().ops.FrozenBatchNorm2d(6)
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+
+class NoGradNet(TwoConvNet):
+    """Frozen and run without gradients, yet its channels can go."""
+
+    def build(self) -> None:
+        self.conv1.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = F.relu(self.conv1(x))
+        return self.fc(F.relu(self.conv2(x)).mean((2, 3)))
+
+
+class NestedOutputsNet(TwoConvNet):
+    """Nested inputs and outputs; what leaves the model stays."""
+
+    def example(self) -> Any:
+        return {"images": {"left": super().example(), "right": [super().example().flip(0)]}}
+
+    def forward(self, images: dict[str, Any]) -> Any:
+        both = images["left"] + images["right"][0]
+        x = F.relu(self.conv2(F.relu(self.conv1(both))))
+        return {"scores": (self.fc(x.mean((2, 3))), [x.amax((1, 2, 3))]), "size": 8}
+
+
+MODULES: dict[type[Net], dict[str, int]] = {
+    OwnClassNet: {"conv1": 6, "conv2": 5},
+    SyncNet: {"conv1": 6, "conv2": 5},
+    FrozenBatchNormNet: {"conv1": 6, "conv2": 5},
+    NoGradNet: {"conv1": 6, "conv2": 5},
+    NestedOutputsNet: {"conv1": 6},
+}
+
+
+@pytest.mark.parametrize("cls", MODULES, ids=lambda c: c.__name__)
+def test_their_groups_are_exact(cls: type[Net]) -> None:
+    model = randomise(cls()).double().eval()
+    if cls is FrozenBatchNormNet:
+        for buffer in model.norm.buffers():
+            buffer.copy_(0.5 + torch.rand(6, generator=torch.Generator().manual_seed(1)))
+    inputs = as_double(model.example())
+    groups = thinet.find_groups(model, inputs)
+    free = {g.name: g.channels for g in groups if g.locked is None}
+    assert free == MODULES[cls]
+    for name in free:
+        if cls is SyncNet:  # it trains on a GPU only
+            small = thinet.cut(model, inputs, {name: [0, 3]}, verify=True)
+            assert type(small.norm) is nn.SyncBatchNorm
+            assert small.norm.num_features == (2 if name == "conv1" else 6)
+        else:
+            assert check(model, inputs, groups, {name: [0, 3]}, thinet.cut).effect > 1e-6
+
+
+def test_a_users_class_keeps_its_type_attributes_and_class() -> None:
+    model = OwnClassNet().eval()
+    small = thinet.cut(model, model.example(), {"conv1": [0, 1]})
+    assert type(small.conv1) is MyConv
+    assert (MyConv.kind, MyConv.widths) == ("mine", (6, 6))
+    assert small.conv1.width == small.conv1.out_channels == 2
+    assert small.conv1.seen == [6]
+    assert small.conv1.seen is not model.conv1.seen
+    assert repr(small.conv1).startswith("MyConv(")
+    assert "3, 2, kernel_size" in repr(small.conv1)
+
+
+def test_a_synchronised_norm_is_made_from_a_cut_one() -> None:
+    model = randomise(BatchNormVGG()).eval()
+    x = model.example()
+    small = halved(model, x)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(small))
+    assert distance(outputs(synchronised, x), outputs(small, x)) == 0
+
+
+# --- weights that are computed --------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """An entry by entry parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
+    "weight_norm": (parametrizations.weight_norm, True),
+    "doubled": (lambda m: parametrize.register_parametrization(m, "weight", Doubled()), True),
+    "old weight_norm": (old_weight_norm, True),
+    "spectral_norm": (parametrizations.spectral_norm, False),
+    "old spectral_norm": (nn.utils.spectral_norm, False),
+    "orthogonal": (parametrizations.orthogonal, False),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_computed_weights_are_exact_or_refused(name: str) -> None:
+    """The filters of a normed producer go one by one; where all are mixed, nothing may go."""
+    change, free = COMPUTED[name]
+    model = TwoConvNet().double().eval()
+    change(model.conv1)
+    model = randomise(model)
+    inputs = as_double(model.example())
+    groups = {g.name: g for g in thinet.find_groups(model, inputs)}
+    thinet.cut(model, inputs, {"conv2": [0, 3]})
+    outputs(model, inputs)  # without gradients, after which it can be copied by the judge
+    first = groups.pop("conv1")
+    if free:
+        assert first.locked is None
+        check(model, inputs, (first,), {"conv1": [0, 3]}, thinet.cut)
+    else:
+        assert first.locked is not None and "conv1" in first.locked
+        with pytest.raises(thinet.LockedGroupError):
+            thinet.cut(model, inputs, {"conv1": [0]})
+    check(model, inputs, tuple(groups.values()), {"conv2": [1]}, thinet.cut)
+
+
+def test_parametrizations_go_on_in_the_cut_model() -> None:
+    model = randomise(WeightNormNet()).eval()
+    small = halved(model, model.example())
+    assert parametrize.is_parametrized(small.conv1)
+    parametrize.remove_parametrizations(small.conv1, "weight")
+    assert small.conv1.weight.shape[0] == small.conv1.out_channels == 3
+
+
+# --- hooks ----------------------------------------------------------------------------------
+
+
+def test_hooks_of_every_kind_go_along_and_stay_apart() -> None:
+    model = randomise(TwoConvNet()).eval()
+    x, log = model.example(), Log()
+    layer = model.conv2
+    layer.register_forward_pre_hook(log.before, with_kwargs=True)
+    layer.register_forward_hook(log.after)
+    layer.register_full_backward_hook(log.backward)
+    model.register_load_state_dict_post_hook(log.loaded)
+    small = thinet.cut(model, x, {"conv1": [0, 2, 4]}, verify=False)
+    assert log.said == []
+    width = small.conv2.in_channels
+    assert width < layer.in_channels
+    small(x).sum().backward()
+    small.load_state_dict(small.state_dict())
+    twin = next(iter(small.conv2._forward_hooks.values())).__self__
+    assert twin.said == [f"before {width}", "after", "backward", "loaded"]
+    assert log.said == []
+
+
+class Log:
+    """A user's observer. The copy of a model has a copy of it."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.said.append(f"before {args[0].shape[1]}")
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.said.append("after")
+
+    def backward(self, module: nn.Module, into: Any, out: Any) -> None:
+        self.said.append("backward")
+
+    def loaded(self, module: nn.Module, keys: Any) -> None:
+        self.said.append("loaded")
