@@ -26,6 +26,7 @@ from thinet.plan import Plan
 from thinet.refine import AFFORDED, ITERATIONS, Refined, refine
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
 from thinet.selection import named_groups, select_groups
+from thinet.store import Store
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
 from thinet.trace.planning import make_plan
@@ -117,6 +118,7 @@ def prune(
     least: int = 2,
     rows: Rows | None = None,
     repair_settings: RepairSettings | None = None,
+    memory: float | None = None,
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
     analysis: Analysis | None = None,
@@ -143,6 +145,9 @@ def prune(
             as many channels; networks run fastest at multiples of 8 or 16.
         least: no group is made narrower than this by error.
         rows: how many output positions of each layer are looked at.
+        memory: GiB that calibration, selection and repair may use above the model's, on the device
+            where it lies; what does not fit waits in a temporary file (in TMPDIR), and the result
+            is the same. None for 2, or as much more as the work cannot do without.
         normalised, choices: which groups there are, as for `find_groups`.
         analysis: what `thinet.trace.analyse.analyse` found with these, where several prunes of one
             model share it.
@@ -162,6 +167,7 @@ def prune(
     _check_options(budget, repair, sampling, widths, seed)
     _check_settings(divisor, least, rows, repair_settings)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
+    store = Store(memory)
     clock = _Clock()
     if analysis is None:
         analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
@@ -188,6 +194,7 @@ def prune(
         sampling=sampling,
         rows=rows,
         seed=seed,
+        store=store,
         progress=progress,
     )
     gradients = Gradients()
@@ -211,7 +218,7 @@ def prune(
     repaired, refined = Repaired((), {}), Refined({}, {})
     if repair == "full":
         repaired = repair_full(
-            small, plan, seen, batches, settings=repair_settings, progress=progress
+            small, plan, seen, batches, settings=repair_settings, store=store, progress=progress
         )
     elif repair == "scale":
         repaired = repair_scale(small, model, cut_groups, plan, seen)
