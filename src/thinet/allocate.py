@@ -5,6 +5,9 @@ signal, so that groups can be compared. Only widths at which the curve bends dow
 having (its lower convex hull); between them the next step is always the one with the least added
 error for each multiply-add (or parameter) that it saves. Savings are recomputed as widths change,
 because neighbouring layers multiply.
+
+An error that is made early is made up for, in part, by the repair of all layers behind it; one at
+the end is not. So errors weigh more the later they are made.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from thinet.budget import WITHIN, Budget, check_reached, nearer_widths
 from thinet.errors import BudgetError, OptionError
 from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
+
+LATE = 3.0
+"""How much more an error weighs in the last group than in the first: on ResNet-56 better than 1
+and 6 (docs/method.md)."""
 
 
 class Meter:
@@ -57,27 +64,37 @@ def error_widths(
     *,
     divisor: int = 8,
     least: int = 2,
+    late: float = LATE,
 ) -> dict[str, int]:
     """How many units stay in each group under a budget of MACs or parameters.
 
     Where the divisor leaves the budget more than 1 % unused, it is halved until it does not.
 
     Args:
+        groups: in the order in which they run.
         curves: for each group `channels + 1` errors; one without a curve gets the mean of the
             others at the same fraction.
+        late: how much more the last group's errors weigh than the first one's; between, the
+            weights grow evenly in proportion.
 
     Raises:
         BudgetError: the budget cannot be met within 1 %.
     """
     if divisor < 1 or least < 1:
         raise OptionError(f"divisor and least are at least 1; got {divisor} and {least}")
+    if not 0 < late < float("inf"):
+        raise OptionError(f"late is a factor above 0; got {late!r}")
+    weighed = {
+        group.name: [late ** (n / max(len(groups) - 1, 1)) * e for e in _curve(group, curves)]
+        for n, group in enumerate(groups)
+    }
     measure = costs.macs if budget.kind == "macs" else costs.params
     terms = costs.macs_terms if budget.kind == "macs" else costs.params_terms
     full = measure({})
     target = budget.fraction * full
     while True:
         choices = [
-            allowed_widths(g, _curve(g, curves), divisor=divisor, least=min(least, g.channels))
+            allowed_widths(g, weighed[g.name], divisor=divisor, least=min(least, g.channels))
             for g in groups
         ]
         try:

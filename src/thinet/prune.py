@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from thinet.allocate import error_widths
+from thinet.allocate import LATE, error_widths
 from thinet.budget import Budget, check_reached, uniform_widths
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
@@ -204,8 +204,9 @@ def prune(
     orders, curves, notes = _orders(model, cut_groups, chosen, seen, gradients, seed, by_error)
     if by_error:
         kept = error_widths(
-            budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least
-        )
+            budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least,
+            late=LATE if repair == "full" else 1.0,
+        )  # fmt: skip
     keep = {
         g.name: orders[g.name].keep(kept[g.name]) for g in cut_groups if kept[g.name] < g.channels
     }
