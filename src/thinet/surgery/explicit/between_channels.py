@@ -15,11 +15,15 @@ class ExplicitCrossCovariance(Stacked):
 
     temperature: Tensor
 
+    @staticmethod
+    def sizes(old: Any) -> Sizes:
+        return {"scale": 1.0}
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.transpose(-2, -1) for part in self._stacked(x))
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if getattr(self, "fused_attn", False):
-            out = F.scaled_dot_product_attention(q * self.temperature, k, v, scale=1.0)
+            out = F.scaled_dot_product_attention(q * self.temperature, k, v, scale=self.scale)
         else:
             scores = (q @ k.transpose(-2, -1)) * self.temperature
             out = self._dropped(scores.softmax(-1)) @ v

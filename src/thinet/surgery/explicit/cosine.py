@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinet.surgery.explicit.heads import Stacked
+from thinet.surgery.explicit.heads import Sizes, Stacked
 
 
 class ExplicitCosineAttention(Stacked):
     """(windows, l, c) -> the same; `bias` is (heads, l, l), `mask` (windows an image, l, l)."""
 
     logit_scale: Tensor
+
+    @staticmethod
+    def sizes(old: Any) -> Sizes:
+        return {"scale": 1.0}
 
     def _within(self, x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self._stacked(x)

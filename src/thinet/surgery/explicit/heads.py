@@ -1,4 +1,4 @@
-"""What explicit forms of attention share: heads, their width and the scale are attributes."""
+"""What explicit forms of attention share: the number of heads and the scale are attributes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ Sizes = dict[str, int | float | bool]
 
 
 class Heads(nn.Module):
-    """Attention whose last layer `proj` takes `num_heads * head_dim` channels.
+    """Attention whose last layer `proj` takes `num_heads` times the width of a head.
 
-    Both numbers may become smaller; `scale` stays what it was.
+    Either may become smaller; `scale` stays what it was.
     """
 
     num_heads: int
-    head_dim: int
     scale: float
     proj: nn.Linear
 
     @staticmethod
     def sizes(old: Any) -> Sizes:
         """Attributes that the original derives from its width or does not have."""
-        width = old.proj.weight.shape[1] // old.num_heads
-        return {"head_dim": width, "scale": getattr(old, "scale", width**-0.5)}
+        return {}
 
     def _apart(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(..., n, parts x heads x width) -> `parts` of (..., heads, n, width)."""
-        x = x.unflatten(-1, (parts, self.num_heads, self.head_dim))
+        x = x.unflatten(-1, (parts, self.num_heads, -1))
         return x.movedim(-3, 0).transpose(-3, -2).unbind(0)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(..., n, heads x width) -> (..., heads, n, width)."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., heads, n, width), and the same for keys and values -> (..., n, heads x width).

@@ -26,7 +26,7 @@ class ExplicitOutlook(Heads):
         size, area = (x.shape[1], x.shape[2]), self.kernel_size**2
         places = math.prod(math.ceil(side / self.stride) for side in size)
         v = self.unfold(self.v(x).permute(0, 3, 1, 2))
-        v = v.view(len(x), self.num_heads, self.head_dim, area, places).permute(0, 1, 4, 3, 2)
+        v = v.view(len(x), self.num_heads, -1, area, places).permute(0, 1, 4, 3, 2)
         weights = self.attn(self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         weights = weights.view(len(x), places, self.num_heads, area, area).permute(0, 2, 1, 3, 4)
         weights = self._dropped((weights * self.scale).softmax(-1))
@@ -72,5 +72,5 @@ class ExplicitPooledQueries(Stacked):
             q = q.transpose(-2, -1).flatten(1, 2).unflatten(2, size)
             q = self.q_pool(q)
             size = q.shape[2:]
-            q = q.flatten(2).unflatten(1, (self.num_heads, self.head_dim)).transpose(-2, -1)
+            q = q.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
         return self._project(self._attend(q, k, v)).unflatten(1, size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinet.surgery.explicit.heads import Heads, Sizes, Stacked
+from thinet.surgery.explicit.heads import Heads, Stacked
 
 
 class ExplicitAttention(Stacked):
@@ -32,7 +32,7 @@ class ExplicitBlockAttention(Stacked):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self._attend(*self._stacked(x))
-        out = out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-2, -1).flatten(-2)
+        out = out.unflatten(-1, (self.num_heads, -1)).transpose(-2, -1).flatten(-2)
         return self._project(out)
 
 
@@ -219,10 +219,6 @@ class ExplicitLatentPool(Heads):
     norm: nn.Module
     latent: Tensor
     pool: str
-
-    @staticmethod
-    def sizes(old: Any) -> Sizes:
-        return {}
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         places: Any = getattr(self, "pos_embed", None)
