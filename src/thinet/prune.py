@@ -157,7 +157,7 @@ def prune(
     Raises:
         BudgetError: the budget cannot be met; says the nearest that can.
         CalibrationError: the data is empty, not finite, or does not fit the model.
-        OptionError: an unknown criterion or option.
+        OptionError: an unknown criterion or option, or too little memory (says what is needed).
         UnknownGroupError: a pattern that matches no group.
         LockedGroupError: no group may be cut; says why for each.
         RepairError, VerificationError: see `thinet.repair` and `thinet.cut`.
@@ -232,7 +232,7 @@ def prune(
         elif iterations != 0:
             refined = refine(
                 small, model, plan, batches,
-                iterations=iterations or ITERATIONS, seed=seed, progress=progress,
+                iterations=iterations or ITERATIONS, seed=seed, store=store, progress=progress,
             )  # fmt: skip
             clock.lap("refining")
     if recalibrate:

@@ -24,6 +24,7 @@ from thinet.errors import CalibrationError
 from thinet.gauss_newton import Kronecker, step
 from thinet.joint import PairOutputs, along
 from thinet.plan import Plan
+from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.interpret import Execution, dependencies
 from thinet.types import ExampleInputs, Progress
@@ -70,6 +71,7 @@ def refine(
     iterations: int = ITERATIONS,
     ridge: float = 1e-3,
     seed: int = 0,
+    store: Store | None = None,
     progress: Progress | None = None,
 ) -> Refined:
     """Refit in place, together, the two layers on either side of each cut group.
@@ -86,12 +88,14 @@ def refine(
         iterations: of conjugate gradients for each pair.
         ridge: of the preconditioner, relative to the moments' mean diagonals.
         seed: of the sampled positions.
+        store: where the activations of waiting batches rest; some four times the outputs of the
+            pair at hand stay in memory beside it.
 
     Raises:
         CalibrationError: activations that are not finite, or batches that do not fit the model.
         RepairError: moments that cannot be factored; nothing is changed then.
     """
-    return _Pass(small, dense, plan, batches, iterations, ridge, seed, progress).run()
+    return _Pass(small, dense, plan, batches, iterations, ridge, seed, store, progress).run()
 
 
 class _Pass:
@@ -106,9 +110,10 @@ class _Pass:
         iterations: int,
         ridge: float,
         seed: int,
+        store: Store | None,
         progress: Progress | None,
     ) -> None:
-        self.small, self.batches, self.progress = small, batches, progress
+        self.small, self.batches, self.store, self.progress = small, batches, store, progress
         self.iterations, self.ridge = iterations, ridge
         self.generator = torch.Generator().manual_seed(seed)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
@@ -132,8 +137,9 @@ class _Pass:
         self.skipped: dict[str, str] = {}
 
     def run(self) -> Refined:
-        ahead = self.reference.started(self.batches)
-        with ahead as self.ahead, self.execution.started(self.batches) as self.lane:
+        ahead = self.reference.started(self.batches, self.store)
+        ours = self.execution.started(self.batches, self.store)
+        with ahead as self.ahead, ours as self.lane:
             self.left = iter(self.dense_order)
             for number, index in enumerate(self.order):
                 if index in self.pairs:
