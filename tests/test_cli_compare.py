@@ -1,0 +1,225 @@
+"""`thinet compare` and `thinet export` on a tiny network and tiny pictures, killed and mistaken."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import thinet
+from thinet.cli.app import run
+from thinet.data import loader
+from thinet.models import resolve
+from thinet.report.data import from_dict
+from thinet.train.evaluate import evaluate
+
+NET = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.py and three classes of pictures."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "net.py").write_text(NET)
+    random = torch.Generator().manual_seed(0)
+    for number in range(3):
+        (folder / "images" / str(number)).mkdir(parents=True)
+        for i in range(8):
+            pixels = torch.randint(60 * number, 60 * number + 90, (8, 8, 3), generator=random)
+            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
+            picture.save(folder / "images" / str(number) / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def thin(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(list(arguments))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+COMPARE = (
+    "compare", "net.py:build", "images", "--size", "8", "--calibration", "images",
+    "--images", "12", "--batch", "12",
+)  # fmt: skip
+
+
+def test_a_comparison_is_shown_and_kept(thin: Run, work: Path) -> None:
+    arguments = (
+        *COMPARE, "--criteria", "l2", "--repairs", "none, full", "--keep", "0.5,0.25",
+        "--seeds", "2", "--train", "images", "--crop", "centre", "--out", "first",
+    )  # fmt: skip
+    code, out, err = thin(*arguments)
+    assert code == 0
+    assert re.search(r"l2, full +keep=0.25 +[\d.]+k? +\d+ +[\d.]+±[\d.]+% +[\d.]+±[\d.]+%", out)
+    assert "cell 8 of 8, l2, full, keep=0.25, seed 1: top-1 " in err
+    assert err.count(" min left") == 8
+    assert sorted(path.name for path in (work / "first").iterdir()) == [
+        "cells.jsonl", "report.html", "report.json", "settings.json",
+    ]  # fmt: skip
+    code, out, err = thin(*arguments, "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert len(told["cells"]) == 8 and len(told["points"]) == 4
+    assert from_dict(told) == from_dict(json.loads((work / "first" / "report.json").read_text()))
+    assert told["facts"]["fine-tuning"] == "1 epochs on images, lr 0.01"
+    cells = {(c["criterion"], c["repair"], c["budget"], c["seed"]): c for c in told["cells"]}
+    pair = [cells["l2", "full", "keep=0.5", seed] for seed in (0, 1)]
+    point = next(p for p in told["points"] if p["criterion"] == "l2" and p["repair"] == "full")
+    assert point["top1_tuned"]["mean"] == sum(c["top1_tuned"] for c in pair) / 2
+    assert pair[0]["loss"] != pair[1]["loss"]  # each seed draws its own calibration images
+    dense = evaluate(resolve("net.py:build"), loader("images", size=8))
+    assert told["dense"]["top1"] == told["networks"][0]["top1"] == dense.top1
+    page = (work / "first" / "report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("<polyline") == 4
+
+
+def test_failed_cells_make_the_exit_code_one(thin: Run) -> None:
+    arguments = (*COMPARE, "--criteria", "thinet,l2", "--keep", "0.5", "--macs", "0.001")
+    code, out, err = thin(*arguments, "--out", "failing")
+    assert code == 1
+    assert "note  thinet, full, macs=0.001 failed: BudgetError: macs=0.001 cannot be met" in out
+    assert re.search(r"thinet, full +macs=0.001 +– +– +failed +0 of 1", out)
+    assert "failed: BudgetError" in err
+    code, out, _ = thin("report", "failing/report.json")
+    assert code == 0 and "0 of 1" in out
+
+
+def test_killed_on_the_command_line_it_goes_on(thin: Run, work: Path) -> None:
+    arguments = (
+        *COMPARE, "--criteria", "random,l2", "--keep", "0.5,0.25", "--seeds", "2",
+        "--train", "images", "--epochs", "2", "--crop", "centre",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "thinet", *arguments, "--out", "killed"]
+    lines = work / "killed" / "cells.jsonl"
+    for wanted in (1, 4):
+        process = subprocess.Popen(command, cwd=work, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (
+            not lines.exists() or lines.read_bytes().count(b"\n") < wanted
+        ):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    before = lines.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    code, out, _ = thin(*arguments, "--out", "killed", "--json")
+    assert code == 0
+    assert lines.read_bytes().startswith(before) and before.count(b"\n") >= 4
+    _, whole, _ = thin(*arguments, "--out", "whole", "--json")
+
+    def numbers(text: str) -> list[dict[str, object]]:
+        return [{**cell, "seconds": 0} for cell in json.loads(text)["cells"]]
+
+    assert numbers(out) == numbers(whole)
+    code, _, err = thin(*arguments, "--out", "killed", "--lr", "0.5")
+    assert code == 2
+    assert "started differently: training lr was 0.01 and is now 0.5. Give what it was" in err
+    code, _, err = thin(*arguments, "--out", "killed", "--images", "6")
+    assert code == 2
+    assert "started differently: calibration was '" in err
+
+
+MISTAKES = {
+    "no budget": ((), "give budgets, such as --keep 0.7,0.5,0.3"),
+    "budget": (("--keep", "half"), "--keep takes fractions such as 0.7,0.5, got 'half'"),
+    "budget above 1": (("--macs", "1.5"), "above 0 and at most 1; got 1.5"),
+    "criterion": (("--keep", "0.5", "--criteria", "l2,thinnet"), "did you mean 'thinet'"),
+    "repair": (("--keep", "0.5", "--repairs", "all"), "--repairs takes names of none, scale, full"),
+    "twice": (("--keep", "0.5", "--criteria", "l2,l2"), "'l2' is given more than once"),
+    "pattern": (("--keep", "0.5", "--only", "conv*"), "'conv*' matches none"),
+    "classes": (("--keep", "0.5", "--classes", "2", "--train", "images/0"), "has no classes"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MISTAKES))
+def test_mistakes_end_with_two_and_a_sentence(name: str, thin: Run, work: Path) -> None:
+    arguments, words = MISTAKES[name]
+    code, out, err = thin(*COMPARE, *arguments, "--out", "wrong")
+    assert (code, out) == (2, "")
+    assert words in err.replace("\n", " ") and "Traceback" not in err
+    assert not (work / "wrong" / "cells.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def small(work: Path) -> Path:
+    """A file of the network cut to a half."""
+    scope: dict[str, Callable[[], torch.nn.Module]] = {}
+    exec(NET, scope)
+    model = scope["build"]().eval()
+    save_file(model.state_dict(), work / "net.safetensors")
+    images = torch.randn(12, 3, 8, 8)
+    result = thinet.prune(model, images[:1], [images], budget=thinet.Budget(keep=0.5))
+    return thinet.save(work / "small.safetensors", result.model, result.plan)
+
+
+def test_a_pruned_file_is_exported_both_ways(thin: Run, work: Path, small: Path) -> None:
+    arguments = ("export", "net.py:build", "--weights", str(small), "--size", "8")
+    code, out, err = thin(*arguments, "--onnx", "small.onnx", "--exported-program", "small.pt2")
+    assert (code, err) == (0, "")
+    assert re.search(
+        r"wrote small.onnx \(ONNX, opset 20, .*B\): differs from torch by \S+e-\d", out
+    )
+    assert "wrote small.pt2 (exported program, " in out and "batches of 1, 2, 3" in out
+    model = thinet.load(small, resolve("net.py:build"))
+    images = torch.randn(5, 3, 8, 8)
+    wanted = model(images).detach()
+    session = onnxruntime.InferenceSession(str(work / "small.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert np.abs(got - wanted.numpy()).max() < 1e-5
+    loaded = torch.export.load(work / "small.pt2").module()
+    assert torch.allclose(loaded(images), wanted, atol=1e-6)
+    code, _, err = thin(*arguments, "--onnx", "small.onnx")
+    assert code == 2 and "small.onnx exists; give another name, or --force" in err
+    fixed = ("--exported-program", "four.pt2", "--fixed-batch", "4", "--json")
+    (file,) = json.loads(thin(*arguments, *fixed)[1])["files"]
+    assert (file["path"], file["batches"], file["opset"]) == ("four.pt2", [4], None)
+
+
+def test_mistakes_of_export(
+    thin: Run, work: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("export", "net.py:build", "--weights", str(small), "--size", "8")
+    for arguments, words in (
+        ((), "nothing to write; give --onnx FILE.onnx"),
+        (("--onnx", "x.pt2"), "the name must end with .onnx"),
+        (("--onnx", "x.onnx", "--opset", "11"), "opset 11 cannot be written; torch"),
+        (("--exported-program", "x.pt2", "--tolerance", "2"), "tolerance lies between 0 and 1"),
+    ):
+        code, _, err = thin(*model, *arguments)
+        assert code == 2 and words in err.replace("\n", " ")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    code, _, err = thin(*model, "--onnx", "x.onnx")
+    assert code == 2 and "onnx is needed to write and check ONNX files" in err
+    assert not [path for path in work.iterdir() if path.name.startswith(("x.", ".x"))]
