@@ -265,7 +265,7 @@ def test_a_class_that_lacks_what_the_form_reads_is_left_alone() -> None:
 
 
 def test_a_class_that_is_called_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    attn = prepared("convit")[0].attn
+    attn: Any = prepared("convit")[0].attn
     assert explicit_class(attn) is not None
     monkeypatch.setattr(type(attn), "forward", lambda self, x, mask: x)
     assert explicit_class(attn) is None

@@ -43,11 +43,11 @@ class ExplicitSharedBiasAttention(Stacked):
     relative_position_bias_table: Tensor | None
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        bias = shared_rel_pos_bias
+        (q, k, v), bias = self._stacked(x), shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
-        return self._project(self._attend(*self._stacked(x), bias))
+        return self._project(self._attend(q, k, v, bias))
 
 
 class ExplicitRelPosAttention(Stacked):
