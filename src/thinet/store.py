@@ -36,6 +36,7 @@ class Store:
         number = isinstance(gib, (int, float)) and not isinstance(gib, bool)
         if gib is not None and not (number and 0 < gib < float("inf")):
             raise OptionError(f"memory is a number of GiB above 0, or None; got {gib!r}")
+        self.asked = gib
         self.bound = None if gib is None else int(gib * GIB)
         self.limit = int((DEFAULT if gib is None else gib) * GIB)
         self.held = 0
@@ -53,7 +54,7 @@ class Store:
         """
         if self.bound is not None and needed > self.bound:
             raise OptionError(
-                f"memory={self.bound / GIB:.3g} GiB is too little; at least "
+                f"memory={self.asked:.3g} GiB is too little; at least "
                 f"{needed / GIB:.3g} GiB are needed: {why}"
             )
         bound = max(int(DEFAULT * GIB), needed) if self.bound is None else self.bound
