@@ -41,6 +41,17 @@ class Tokens(nn.Module):
         return self.head(self.attn(self.embed(x), *self.extra))
 
 
+class Maps(nn.Module):
+    """Attention over (n, c, h, w) made one over (n, h, w, c)."""
+
+    def __init__(self, maps: nn.Module) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 def timm(path: str, *args: Any, **options: Any) -> nn.Module:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(f"timm.{module}"), name)(*args, **options)
@@ -126,6 +137,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[Any, ...]]] = {
     "eva norms": (partial(eva, qk_norm=True, gated=True), LINE, ()),
     "eva causal": (eva, LINE, (None, None, True)),
     "eva mask": (eva, LINE, (None, torch.arange(36).view(6, 6) % 5 > 0)),
+    "fastvit": (lambda: Maps(timm("models.fastvit.Attention", C, 4)), IMAGE, ()),
     "gcvit": (
         partial(timm, "models.gcvit.WindowAttentionGlobal", C, HEADS, (2, 3), False),
         LINE,
@@ -225,7 +237,11 @@ def test_the_explicit_form_computes_the_same(case: str, fused: bool, training: b
 def test_heads_go_and_the_rest_is_exact(case: str) -> None:
     model, x = prepared(case)
     groups = thinet.find_groups(model, x)
-    heads = [g for g in groups if g.locked is None and "attn.proj" in g.consumers]
+    heads = [
+        g
+        for g in groups
+        if g.locked is None and any(c in ("attn.proj", "attn.maps.proj") for c in g.consumers)
+    ]
     assert sum(g.channels for g in heads) == HEADS, [(g.name, g.channels, g.locked) for g in groups]
     for group in heads:
         if group.channels > 1:

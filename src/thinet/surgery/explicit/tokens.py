@@ -27,6 +27,14 @@ class ExplicitGridAttention(Stacked):
         return self._project(out.unflatten(1, x.shape[1:3]))
 
 
+class ExplicitMapAttention(Stacked):
+    """FastViT's: (n, c, h, w) -> (n, c, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._project(self._attend(*self._stacked(x.flatten(2).transpose(1, 2))))
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 class ExplicitBlockAttention(Stacked):
     """NesT's, within blocks: (n, blocks, l, c) -> the same. The heads' channels interleave."""
 
