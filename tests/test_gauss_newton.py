@@ -54,7 +54,7 @@ def plain(gradient: Tensor) -> Tensor:
 
 def test_as_many_iterations_as_unknowns_solve_a_linear_problem() -> None:
     given = problem()
-    change = step(given, (plain, plain), iterations=9)
+    change = step(given, given.residuals(), (plain, plain), iterations=9)
     assert change is not None
     torch.testing.assert_close(torch.cat(change, 1), solution(given), rtol=1e-8, atol=1e-8)
 
@@ -64,7 +64,7 @@ def test_an_exact_preconditioner_solves_one_layer_in_one_iteration() -> None:
     x, nothing = torch.cat(given.x), torch.zeros_like
     alone = Linear(given.x, [nothing(z) for z in given.z], given.t)
     exact = Kronecker.of(torch.eye(3), x.T @ x / len(x), len(x), ridge=0.0, name="one")
-    change = step(alone, (exact.solve, plain), iterations=1)
+    change = step(alone, alone.residuals(), (exact.solve, plain), iterations=1)
     assert change is not None
     wanted = torch.linalg.lstsq(x, torch.cat(given.t)).solution.T
     torch.testing.assert_close(change[0], wanted, rtol=1e-9, atol=1e-9)
@@ -75,7 +75,7 @@ def test_each_iteration_lowers_the_error_and_few_are_a_start() -> None:
     given = problem()
     errors = []
     for iterations in range(1, 6):
-        change = step(given, (plain, plain), iterations=iterations)
+        change = step(given, given.residuals(), (plain, plain), iterations=iterations)
         assert change is not None
         left = [t - given.jvp(n, change) for n, t in enumerate(given.t)]
         errors.append(sum(float(r.square().sum()) for r in left))
@@ -86,7 +86,7 @@ def test_each_iteration_lowers_the_error_and_few_are_a_start() -> None:
 def test_no_residual_leaves_nothing_to_do() -> None:
     given = problem()
     given.t = [torch.zeros_like(t) for t in given.t]
-    assert step(given, (plain, plain), iterations=3) is None
+    assert step(given, given.residuals(), (plain, plain), iterations=3) is None
 
 
 def test_a_kronecker_product_is_inverted() -> None:

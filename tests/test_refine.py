@@ -119,6 +119,7 @@ def test_derivatives_are_those_of_differences(cls: Any, shape: Any) -> None:
             gain = gain.reshape(-1, *[1] * pair.consumer.geometry.rank)
             zeros = torch.zeros(shape, dtype=torch.float64)
             outputs = PairOutputs(lane, execution.tensors, pair, [zeros], gain)
+            outputs.residuals()
             change = tuple(
                 torch.randn(len(w), w[0].numel() + 1, dtype=torch.float64) for w in outputs.weights
             )

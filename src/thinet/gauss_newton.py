@@ -28,9 +28,7 @@ Change = tuple[Tensor, ...]
 
 
 class Problem(Protocol):
-    """A residual in batches and its derivatives at the present weights."""
-
-    def residuals(self) -> list[Tensor]: ...
+    """Derivatives of the outputs of each batch at the present weights."""
 
     def jvp(self, number: int, change: Change) -> Tensor:
         """What a change does to the outputs of one batch, to first order."""
@@ -81,6 +79,7 @@ def _factor(moments: Tensor, ridge: float, name: str) -> Tensor:
 
 def step(
     problem: Problem,
+    residuals: Sequence[Tensor],
     preconditioner: Sequence[Callable[[Tensor], Tensor]],
     *,
     iterations: int,
@@ -90,10 +89,10 @@ def step(
     Few iterations are a regularisation of their own: what the data hardly determines moves last.
 
     Args:
+        residuals: what is missing in each batch; used up.
         preconditioner: for each layer, an approximate inverse of its block of J'J.
         iterations: each one a forward and a backward derivative over all batches.
     """
-    residuals = problem.residuals()
     gradient = _summed(problem.vjp(n, r) for n, r in enumerate(residuals))
     change: Change | None = None
     direction: Change | None = None

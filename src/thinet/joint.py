@@ -58,7 +58,13 @@ class PairOutputs:
         )
 
     def residuals(self) -> list[Tensor]:
-        return [target - self._answer(n) for n, target in enumerate(self.targets)]
+        """What is missing in each batch. From here on `vjp` can be asked."""
+        with torch.enable_grad():
+            self._leaves = [w.detach().requires_grad_() for w in (*self.weights, *self.intercepts)]
+            self._answers = [
+                self._run(n, self._leaves[:2], self._leaves[2:]) for n in range(len(self.targets))
+            ]
+        return [t - y.detach() for t, y in zip(self.targets, self._answers, strict=True)]
 
     def jvp(self, number: int, change: Change) -> Tensor:
         with forward_derivatives():
@@ -75,34 +81,31 @@ class PairOutputs:
             return answer.tangent.clone()
 
     def vjp(self, number: int, residual: Tensor) -> Change:
-        with torch.enable_grad():
-            weights = [w.detach().requires_grad_() for w in self.weights]
-            intercepts = [i.detach().requires_grad_() for i in self.intercepts]
-            answer = self._run(number, weights, intercepts)
-            grads = torch.autograd.grad(
-                answer, [*weights, *intercepts], residual, allow_unused=True, materialize_grads=True
-            )
+        grads = torch.autograd.grad(
+            self._answers[number],
+            self._leaves,
+            residual,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         return tuple(
             torch.cat([grads[n].flatten(1), grads[2 + n][:, None] * self.free[n]], 1)
             for n in range(2)
         )
 
-    def sent_back(
-        self, number: int, generator: torch.Generator, back: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Inputs of both layers, the producer's outputs, and what reaches these from random
-        residuals."""
+    def sent_back(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs of both layers in one batch, and what reaches the producer's outputs from
+        random residuals."""
         y = self._made(number, self.weights, self.intercepts)
-        with torch.set_grad_enabled(back):
-            leaf = y.detach().requires_grad_(back)
+        noise = torch.randn(self.targets[number].shape, generator=generator).to(y)
+        with torch.enable_grad():
+            leaf = y.requires_grad_()
             env = self._gone_on(number, leaf.clone(), self.weights)  # may be written in place
-            reached = None
-            if back:
-                noise = torch.randn(self.targets[number].shape, generator=generator).to(y)
-                answer = env[self.pair.consumer.y.id] * self.gain
-                (reached,) = torch.autograd.grad(answer, leaf, noise)
+            answer = env[self.pair.consumer.y.id] * self.gain
+            (reached,) = torch.autograd.grad(answer, leaf, noise)
         x = self.lane.envs[number][self.pair.producer.x.id]
-        return x, env[self.pair.consumer.x.id].detach(), y, reached
+        return x, env[self.pair.consumer.x.id].detach(), reached
 
     def _answer(self, number: int) -> Tensor:
         return self._run(number, self.weights, self.intercepts)

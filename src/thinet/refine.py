@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from thinet.calibrate.batches import images_in
 from thinet.calibrate.collect import WIDEST, columns_of
 from thinet.calibrate.layers import Layer, find_layers, same_layers
 from thinet.calibrate.ordering import in_order, shortcut_source
@@ -46,7 +47,7 @@ SHARES = (1.0, 0.5, 0.25)
 """Of the step, tried in turn until one lowers the error."""
 
 IMAGES = 200
-"""Images through which random residuals are sent back for the preconditioner."""
+"""Images from which the preconditioner is made."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def refine(
         iterations: of conjugate gradients for each pair.
         ridge: of the preconditioner, relative to the moments' mean diagonals.
         seed: of the sampled positions.
-        store: where the activations of waiting batches rest; some four times the outputs of the
-            pair at hand stay in memory beside it.
+        store: where the activations of waiting batches rest; those of the pair at hand, some six
+            times its outputs, stay in memory beside it.
 
     Raises:
         CalibrationError: activations that are not finite, or batches that do not fit the model.
@@ -162,12 +163,14 @@ class _Pass:
             return
         targets, gain = self._targets(pair.consumer)
         problem = PairOutputs(self.lane, self.execution.tensors, pair, targets, gain)
-        before = problem.error()
-        if before == 0:
-            self.skipped[name] = "it answers as the dense network does"
-            return
         try:
-            change = step(problem, self._preconditioner(problem, name), iterations=self.iterations)
+            residuals = problem.residuals()
+            before = sum(float(r.square().sum(dtype=torch.float64)) for r in residuals)
+            if before == 0:
+                self.skipped[name] = "it answers as the dense network does"
+                return
+            solves = self._preconditioner(problem, name)
+            change = step(problem, residuals, solves, iterations=self.iterations)
         except (CalibrationError, NotImplementedError) as error:
             self.skipped[name] = f"it cannot be differentiated: {error}"
             return
@@ -243,34 +246,34 @@ class _Pass:
         passed = torch.zeros(
             len(problem.weights[0]), len(problem.weights[0]), dtype=torch.float64
         ).to(problem.gain.device)
-        rows, places, positions, images = [0, 0], 0, [0, 0], 0
-        for number in range(len(self.batches)):
-            x, between, y, back = problem.sent_back(number, self.generator, images < IMAGES)
-            images += len(x)
-            positions[0] += y.numel() // len(passed)
-            positions[1] += problem.targets[number].numel() // len(problem.weights[1])
+        rows, places, images = [0, 0], 0, 0
+        last = -(-IMAGES // images_in(self.batches[0]))
+        for number in range(min(last, len(self.batches))):
+            x, between, back = problem.sent_back(number, self.generator)
             for n, (layer, seen) in enumerate(((pair.producer, x), (pair.consumer, between))):
-                phi = self._some_rows(layer, seen, inputs[n].shape[0])
+                phi = self._some_rows(layer, seen, -(-max(ROWS, 4 * len(inputs[n])) // last))
                 phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
                 inputs[n] += phi.T @ phi
                 rows[n] += len(phi)
-            if back is not None:
-                g = back.movedim(-1 - pair.producer.geometry.rank, -1).flatten(0, -2)
-                passed += g.T @ g
-                places += len(g)
+            g = back.movedim(-1 - pair.producer.geometry.rank, -1).flatten(0, -2)
+            passed += g.T @ g
+            places += len(g)
+            images += images_in(self.batches[number])
+        share = images / sum(images_in(batch) for batch in self.batches)
+        mixed = problem.size // len(problem.weights[1])
         solves: list[_Solve] = []
         gain = problem.gain.flatten().double()
-        for n, outputs in enumerate((passed / max(places, 1), torch.diag(gain.square()))):
+        outputs = (passed / places, round(places / share)), (torch.diag(gain.square()), mixed)
+        for n, (second, positions) in enumerate(outputs):
             moments = inputs[n] / rows[n]
             if not problem.free[n]:
                 moments[-1], moments[:, -1], moments[-1, -1] = 0, 0, 1
-            kronecker = Kronecker.of(outputs, moments, positions[n], ridge=self.ridge, name=name)
+            kronecker = Kronecker.of(second, moments, positions, ridge=self.ridge, name=name)
             solves.append(kronecker.solve)
         return solves
 
-    def _some_rows(self, layer: Layer, x: Tensor, columns: int) -> Tensor:
+    def _some_rows(self, layer: Layer, x: Tensor, wanted: int) -> Tensor:
         images, positions = position_grid(tuple(x.shape), layer.geometry)
-        wanted = -(-max(ROWS, 4 * columns) // len(self.batches))
         if wanted >= images * positions:
             return patches(x, layer.geometry)
         chosen = sample_positions(images, positions, wanted, self.generator)
