@@ -77,7 +77,8 @@ def refit_errors(
     )
     rank = torch.where(owner >= 0, stays[owner], 0)  # 0 stays for good, 1 goes last
     place = rank.argsort(stable=True)
-    factor, _ = cholesky(ridged(second, ridge)[place][:, place], name)
+    ordered = second[place][:, place].double()
+    factor, _ = cholesky(_raise(ordered, ridge), name)
     lost = (factor.T @ columns[:, place].T).square().sum(1)
     per_unit = lost.new_zeros(len(removed) + 1).index_add_(0, rank[place], lost)
     return 0.0, *per_unit[1:].flip(0).cumsum(0).tolist()
@@ -105,7 +106,10 @@ def column_units(units: Tensor | None, channels: int, taps: int) -> Tensor:
 
 def ridged(second: Tensor, ridge: float) -> Tensor:
     """A float64 copy with `ridge` times its mean diagonal (or times 1, were that 0) added."""
-    raised = second.to(torch.float64, copy=True)
-    mean = float(raised.diagonal().mean())
-    raised.diagonal().add_(ridge * mean if mean > 0 else ridge)
-    return raised
+    return _raise(second.to(torch.float64, copy=True), ridge)
+
+
+def _raise(second: Tensor, ridge: float) -> Tensor:
+    mean = float(second.diagonal().mean())
+    second.diagonal().add_(ridge * mean if mean > 0 else ridge)
+    return second
