@@ -15,6 +15,7 @@ from thinet.calibrate import collect as module
 from thinet.calibrate.collect import Observations, Rows, collect
 from thinet.calibrate.statistics import group_statistics, site_gram
 from thinet.errors import CalibrationError, OptionError
+from thinet.store import Store
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
 from thinet.types import ChannelGroup
@@ -293,6 +294,50 @@ def test_rows_are_checked() -> None:
     assert Rows().count(10) == 16384 and Rows().count(4000) == 32000
     with pytest.raises(OptionError, match="per_column is at least 0 and least at least 1"):
         Rows(least=0)
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("systems", [1, 4])
+def test_what_is_found_with_little_memory_is_the_same(
+    systems: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SYSTEMS", systems)
+    model, analysis = chain()
+    batches, store = images(3, 1, 4), Store()
+    monkeypatch.setattr(store, "set_aside", lambda needed, why: setattr(store, "limit", 0))
+    told: list[int] = []
+    plain = observed(model, analysis, batches, zeros=True)
+    tight = observed(
+        model, analysis, batches, zeros=True, store=store, progress=lambda *s: told.append(s[2])
+    )
+    assert store.spilled and not store.held
+    assert told == ([6] * 6 if systems == 1 else [3] * 3)  # 45, then 36 and 6 columns
+    for op, moments in plain.moments.items():
+        assert torch.equal(moments.covariance(), tight.moments[op].covariance())
+        assert torch.equal(moments.second, tight.moments[op].second)
+        assert torch.equal(plain.zeros[op], tight.zeros[op])
+        assert torch.equal(plain.signals[op].y_variance(), tight.signals[op].y_variance())
+    for op, kept in plain.targets.items():
+        pairs = zip(kept.y, tight.targets[op].y, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    op, moments = next(iter(plain.moments.items()))
+    more = torch.randn(5, moments.columns)
+    for seen in (plain, tight):
+        seen.moments[op].add(more)  # what rests can be gone on with
+    assert torch.equal(plain.moments[op].second, tight.moments[op].second)
+
+
+def test_too_little_memory_says_what_is_needed_and_for_what() -> None:
+    model, analysis = chain()
+    text = (
+        r"memory=1e-06 GiB is too little; at least [0-9.e-]+ GiB are needed: .* for what the model "
+        r"computes for 4 images at a time, .*; calibrate in smaller batches or with fewer images"
+    )
+    with pytest.raises(OptionError, match=text):
+        observed(model, analysis, images(3, 4), store=Store(1e-6))
 
 
 # --- statistics of groups -------------------------------------------------------------------

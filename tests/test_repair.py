@@ -19,6 +19,7 @@ from thinet.calibrate.collect import Rows, collect
 from thinet.cut import apply_to_copy
 from thinet.errors import OptionError, RepairError
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
+from thinet.store import Store
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
 
@@ -35,6 +36,7 @@ def repaired(
     batches: Sequence[Tensor],
     how: str = "full",
     settings: RepairSettings = EXACT,
+    store: Store | None = None,
 ) -> tuple[Any, Repaired]:
     """The cut and repaired model; the dense one must come out as it went in."""
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -48,11 +50,12 @@ def repaired(
         groups=groups,
         targets=how == "full",
         rows=Rows(per_column=0, least=10**9),
+        store=store,
     )
     plan = make_plan(analysis, model, keep)
     small = apply_to_copy(model, plan)
     if how == "full":
-        report = repair_full(small, plan, seen, batches, settings=settings)
+        report = repair_full(small, plan, seen, batches, settings=settings, store=store)
     else:
         report = repair_scale(small, model, groups, plan, seen)
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
@@ -346,6 +349,132 @@ def test_a_constant_is_restored_by_the_intercept() -> None:
     close(small(torch.ones(1, 5)), model(torch.ones(1, 5)))
 
 
+# --- grouped convolutions and weights used several times --------------------------------------
+
+
+class Grouped(nn.Module):
+    """A grouped convolution behind one that loses channels; depthwise with groups=channels."""
+
+    def __init__(self, groups: int, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 1)
+        self.grouped = nn.Conv2d(12, 24, 3, padding=1, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(24) if norm else nn.Identity()
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.grouped(self.inner(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bias", "norm"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("groups", [2, 3, 12])
+def test_a_grouped_convolution_is_least_squares_group_by_group(
+    groups: int, bias: bool, norm: bool
+) -> None:
+    model, batches = randomise(Grouped(groups, bias, norm)).eval(), images()
+    small, report = repaired(model, {"first": [0, 2, 5]}, batches)
+    assert report == Repaired(("second", "grouped"), {})
+    x = torch.cat(batches)
+    phi = unfolded(small.inner(x)).unflatten(1, (groups, -1))
+    target = rows(model.grouped(model.inner(x))).unflatten(1, (groups, -1))
+    for g in range(groups):
+        weight, shift = least_squares(phi[:, g], target[:, g], intercept=bias or norm)
+        outputs = slice(g * 24 // groups, (g + 1) * 24 // groups)
+        close(small.grouped.weight[outputs].flatten(1), weight, 1e-3)
+        if bias:
+            close(small.grouped.bias[outputs], shift, 1e-3)
+        if norm:
+            mean = model.norm.running_mean[outputs] - shift
+            close(small.norm.running_mean[outputs], mean, 1e-3)
+
+
+@torch.no_grad()
+def test_a_depthwise_convolution_that_loses_channels_itself() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
+    model, batches = randomise(model), images()
+    kept = [0, 3, 4, 7]
+    small, report = repaired(model, {"0": [1, 2, 4], "2": kept}, batches)
+    assert report == Repaired(("2", "4", "5"), {})
+    x = torch.cat(batches)
+    phi = unfolded(small[:4](x)).unflatten(1, (4, -1))
+    target = rows(model[:5](x))[:, kept]
+    for g in range(4):
+        weight, shift = least_squares(phi[:, g], target[:, g : g + 1])
+        close(small[4].weight[g].flatten()[None], weight, 1e-3)
+        close(small[4].bias[g : g + 1], shift, 1e-3)
+
+
+class Beside(nn.Module):
+    """One head on two streams; the second stream is made after the head's first use."""
+
+    def __init__(self, bias: bool, linear: bool = False) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1)
+        head = nn.Linear(5, 4, bias=bias), nn.Conv2d(5, 4, 3, padding=1, bias=bias)
+        self.linear, self.head = linear, head[0] if linear else head[1]
+
+    def stream(self, layer: nn.Module, x: Tensor) -> Tensor:
+        y = F.relu(layer(x))
+        return y.mean((2, 3)) if self.linear else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.head(self.stream(self.left, x))
+        return torch.cat([first, self.head(self.stream(self.right, x)).square()], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_used_beside_itself_is_least_squares_over_all_uses(
+    bias: bool, linear: bool
+) -> None:
+    model, batches, kept = randomise(Beside(bias, linear)), images(48), [0, 2, 3]
+    (group,) = (g for g in analyse(model, batches[0][:1]).groups if g.locked is None)
+    small, report = repaired(model, {group.name: kept}, batches)
+    assert report == Repaired(("head",), {})
+    x = torch.cat(batches)
+    inputs = [small.stream(layer, x) for layer in (small.left, small.right)]
+    phi = torch.cat([v if linear else unfolded(v) for v in inputs])
+    answers = [model.head(model.stream(layer, x)) for layer in (model.left, model.right)]
+    target = torch.cat([answer if linear else rows(answer) for answer in answers])
+    weight, shift = least_squares(phi, target, intercept=bias)
+    close(small.head.weight.flatten(1), weight, 1e-3)
+    if bias:
+        close(small.head.bias, shift, 1e-3)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+class Full(Store):
+    """A store that has no memory to spare."""
+
+    def set_aside(self, needed: int, why: str) -> None:
+        assert needed > 0 and "images at a time" in why
+        self.limit = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("net", [Residual, lambda: Grouped(3, True, False), lambda: Beside(True)])
+def test_what_waits_in_a_file_gives_the_same_repair(net: Any) -> None:
+    model, batches = randomise(net()).eval(), images(40)
+    free = [g for g in analyse(model, batches[0][:1]).groups if g.locked is None]
+    keep = {g.name: list(range(0, g.channels, 2)) for g in free}
+    plain, report = repaired(model, keep, batches)
+    store = Full()
+    small, same = repaired(model, keep, batches, store=store)
+    assert store.spilled and not store.held
+    assert same == report
+    for a, b in zip(plain.state_dict().values(), small.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 # --- shortcuts ------------------------------------------------------------------------------
 
 
@@ -454,30 +583,32 @@ def test_channels_that_the_norm_switches_off_do_not_blow_up() -> None:
 # --- what is left alone ---------------------------------------------------------------------
 
 
-class Odd(nn.Module):
-    """A grouped convolution, a weight used twice, and a plain one, all behind the cut."""
+class InTurn(nn.Module):
+    """A weight used on what it has made, and one that more than its layer reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 1)
         self.second = nn.Conv2d(4, 4, 1)
-        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
         self.twice = nn.Conv2d(4, 4, 1)
+        self.read = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.grouped(F.relu(self.second(F.relu(self.first(x)))))
-        return self.twice(torch.tanh(self.twice(x)))
+        x = F.relu(self.second(F.relu(self.first(x))))
+        x = self.twice(torch.tanh(self.twice(x)))
+        return self.read(x) * self.read.weight.square().sum()
 
 
 def test_layers_that_cannot_be_refitted_are_named_with_the_reason() -> None:
-    model = randomise(Odd())
+    model = randomise(InTurn())
     small, report = repaired(model, {"first": [0, 2]}, images())
     assert report.refitted == ("second",)
     assert report.skipped == {
-        "grouped": "grouped convolutions are not refitted",
-        "twice": "its weights are used more than once",
+        "twice": "its weights are used again on what they have made",
+        "read": "its weights are used more than once",
     }
     assert torch.equal(small.twice.weight, model.twice.weight)
+    assert torch.equal(small.read.weight, model.read.weight)
 
 
 def test_layers_too_wide_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
