@@ -73,6 +73,12 @@ def relpos(mode: str) -> nn.Module:
     return timm("models.maxxvit.AttentionCl", C, dim_head=4, rel_pos_cls=kind)
 
 
+def lookup() -> nn.Module:
+    maker = importlib.import_module("timm.layers.pos_embed_rel").RelPosBiasTf
+    kind = partial(maker, window_size=(2, 3))
+    return timm("models.maxxvit.AttentionCl", C, dim_head=4, rel_pos_cls=kind)
+
+
 def coat() -> nn.Module:
     places = timm("models.coat.ConvRelPosEnc", 4, HEADS, {3: 1, 5: 2})
     return timm("models.coat.FactorAttnConvRelPosEnc", C, HEADS, True, shared_crpe=places)
@@ -170,6 +176,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[Any, ...]]] = {
     ),
     "relative table": (partial(biased, "RelPosBias"), LINE, ()),
     "relative network": (partial(biased, "RelPosMlp", qk_norm=True), LINE, ()),
+    "maxvit": (lookup, LINE, ()),
     "maxxvit": (partial(relpos, "cr"), LINE, ()),
     "maxxvit squashed": (partial(relpos, "swin"), LINE, ()),
     "sam": (partial(sam, use_rel_pos=True, input_size=(4, 5)), IMAGE, ()),
@@ -285,3 +292,12 @@ def test_a_class_that_is_called_otherwise_is_left_alone(monkeypatch: pytest.Monk
     assert explicit_class(attn) is not None
     monkeypatch.setattr(type(attn), "forward", lambda self, x, mask: x)
     assert explicit_class(attn) is None
+
+
+def test_one_of_two_heads_with_looked_up_positions_goes() -> None:
+    maker = importlib.import_module("timm.layers.pos_embed_rel").RelPosBiasTf
+    kind = partial(maker, window_size=(2, 3))
+    attn = timm("models.maxxvit.AttentionCl", C, dim_head=6, rel_pos_cls=kind)
+    model, x = randomise(Tokens(attn)).double().eval(), torch.randn(*LINE).double()
+    groups = thinet.find_groups(model, x)
+    check(model, x, groups, {"attn.qkv": [0]}, thinet.cut)

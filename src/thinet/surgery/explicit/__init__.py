@@ -34,7 +34,11 @@ from thinet.surgery.explicit.pooled import (
     ExplicitOutlook,
     ExplicitPooledQueries,
 )
-from thinet.surgery.explicit.positions import ExplicitRelPosBias, ExplicitRelPosMlp
+from thinet.surgery.explicit.positions import (
+    ExplicitRelPosBias,
+    ExplicitRelPosLookup,
+    ExplicitRelPosMlp,
+)
 from thinet.surgery.explicit.tokens import (
     ExplicitAttention,
     ExplicitBlockAttention,
@@ -62,6 +66,7 @@ EXPLICIT: Mapping[str, Any] = {
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": ExplicitRelativeAttention,
     "timm.layers.attention_pool.AttentionPoolLatent": ExplicitLatentPool,
     "timm.layers.pos_embed_rel.RelPosBias": ExplicitRelPosBias,
+    "timm.layers.pos_embed_rel.RelPosBiasTf": ExplicitRelPosLookup,
     "timm.layers.pos_embed_rel.RelPosMlp": ExplicitRelPosMlp,
     "timm.models.beit.Attention": ExplicitSharedBiasAttention,
     "timm.models.cait.ClassAttn": ExplicitClassAttention,

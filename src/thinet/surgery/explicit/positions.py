@@ -56,3 +56,27 @@ class ExplicitRelPosMlp(nn.Module):
         if self.prefix_tokens:
             bias = F.pad(bias, [self.prefix_tokens, 0, self.prefix_tokens, 0])
         return bias.unsqueeze(0).contiguous()
+
+
+class ExplicitRelPosLookup(nn.Module):
+    """TensorFlow's way: a table of distances, read by one-hot rows. `get_bias()` is (heads, l, l).
+
+    The original's einsum takes another way for one head.
+    """
+
+    relative_position_bias_table: Tensor
+    height_lookup: Tensor
+    width_lookup: Tensor
+
+    @staticmethod
+    def sizes(old: Any) -> Sizes:
+        return {}
+
+    def forward(self, attn: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        return attn + self.get_bias()
+
+    def get_bias(self) -> Tensor:
+        rows, columns = self.height_lookup, self.width_lookup
+        bias = rows.flatten(0, 1) @ self.relative_position_bias_table @ columns.flatten(0, 1).T
+        bias = bias.unflatten(2, columns.shape[:2]).unflatten(1, rows.shape[:2])
+        return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
