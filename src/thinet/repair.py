@@ -89,8 +89,8 @@ def repair_full(
     Args:
         small: the cut network.
         plan: how it was cut.
-        seen: targets of the dense network, collected on the same batches; those of refitted layers
-            are used up.
+        seen: targets of the dense network, collected on the same batches. They are used up, and
+            the moments let go, as memory may be short.
         batches: the calibration inputs.
         store: where the activations of waiting batches rest.
 
@@ -195,6 +195,7 @@ class _Pass:
                 self.due[min((u.op for u in together), key=place.__getitem__)] = together
             else:
                 self.skipped[_name(together)] = reason
+        self.seen.moments.clear()
         self.execution.run(
             self.batches, before=self._before, order=order, meet=self.due, store=self.store
         )
@@ -249,7 +250,7 @@ class _Pass:
         together = self.due[op.index]
         self._refit(together, envs)
         self.refitted.append(_name(together))
-        for use in together:  # they are used up, and memory may be short
+        for use in together:
             del self.seen.targets[self.dense[use.op]]
         if self.progress is not None:
             self.progress("repairing", op.index + 1, len(self.program.ops))
