@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import grid_sample
 
 from thinet.vision import torchvision
 
@@ -90,6 +91,22 @@ def define_operators() -> None:
             left = left[1:][overlap[left[0], left[1:]] <= threshold]
         return torch.tensor(kept, dtype=torch.long)
 
+    def roi_align(
+        x: Tensor, rois: Tensor, scale: float, height: int, width: int, *_: Any
+    ) -> Tensor:
+        """One sample in the middle of each bin, of a batch of one picture."""
+        left, top, right, bottom = (rois[:, 1:] * scale).unbind(1)
+        steps = [(torch.arange(n) + 0.5) / n for n in (width, height)]
+        across = left[:, None] + (right - left)[:, None] * steps[0]
+        down = top[:, None] + (bottom - top)[:, None] * steps[1]
+        places = [2 * v / n - 1 for v, n in ((across, x.shape[3]), (down, x.shape[2]))]
+        grid = torch.stack(
+            [places[0][:, None].expand(-1, height, -1), places[1][..., None].expand(-1, -1, width)],
+            dim=-1,
+        )
+        every = x.expand(len(rois), -1, -1, -1)
+        return grid_sample(every, grid.to(x.dtype), padding_mode="border", align_corners=False)
+
     if LIBRARIES or torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
         return
     from torchvision.ops import box_iou, boxes
@@ -97,14 +114,13 @@ def define_operators() -> None:
     pooling: Any = sys.modules["torchvision.ops.roi_align"]
     boxes._assert_has_ops = pooling._assert_has_ops = lambda: None
     pooling._has_ops = lambda: True
-    torch.compiler.set_stance("force_eager")  # theirs would compile itself
     LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
     LIBRARIES[0].impl("nms", nms, "CPU")
     LIBRARIES[0].define(
         "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
         "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor"
     )
-    LIBRARIES[0].impl("roi_align", pooling._roi_align, "CPU")
+    LIBRARIES[0].impl("roi_align", roi_align, "CPU")
 
 
 LIBRARIES: list[torch.library.Library] = []

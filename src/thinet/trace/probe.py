@@ -7,6 +7,7 @@ the removed ones, and the same scalar arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from thinet.surgery.apply import apply_plan
+from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Vector
 from thinet.trace.planning import make_plan, removed_classes
@@ -35,7 +37,7 @@ SIZES = frozenset(
         *NEW,
         *"view _unsafe_view reshape _reshape_alias expand repeat as_strided as_strided_".split(),
         *"split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split(),
-        *"native_layer_norm native_group_norm arange convolution".split(),
+        *"native_layer_norm native_group_norm arange convolution affine_grid_generator".split(),
     )
 )
 """Operations whose integers are sizes, which follow a cut; those of all others must stay."""
@@ -108,8 +110,10 @@ def probe(
         apply_plan(replica, plan)
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
         comparison = _Comparison(walk, gone, None if until is None else until - before)
+        told = walk.program
         try:
-            record_replica(replica, args, training=walk is analysis.training, watch=comparison)
+            with nullcontext() if told.on_meta else Decisions(told.decisions):
+                record_replica(replica, args, training=walk is analysis.training, watch=comparison)
             mismatch = comparison.finish(None)
         except StoppedError as error:
             mismatch = comparison.finish(error)

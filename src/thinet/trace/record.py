@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from thinet.errors import TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
+from thinet.trace.decisions import Decision, Decisions
 from thinet.trace.remembered import run_on_meta
 from thinet.trace.replica import Call, meta_replica, real_replica
 from thinet.types import ExampleInputs, as_call
@@ -107,6 +108,7 @@ class Program:
         constants: value id to a tensor that is none of these (made in the model's constructor).
         called: for each module call, its path and the values it returned.
         on_meta: whether it was recorded without computing anything.
+        decisions: what was decided by data, where it was not on meta.
     """
 
     ops: tuple[Op, ...]
@@ -117,6 +119,7 @@ class Program:
     constants: Mapping[int, torch.Tensor]
     called: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
     on_meta: bool = True
+    decisions: tuple[Decision, ...] = field(default=(), repr=False)
 
     @property
     def unused(self) -> list[str]:
@@ -273,7 +276,9 @@ def record(model: nn.Module, inputs: ExampleInputs, *, training: bool = False) -
             pass
         # Some forwards need numbers; run those on a real copy.
         try:
-            return record_replica(*real_replica(model, inputs), training=training)
+            with Decisions() as decisions:
+                program = record_replica(*real_replica(model, inputs), training=training)
+            return replace(program, decisions=tuple(decisions.made))
         except StoppedError as error:
             raise TraceError(
                 f"{type(model).__name__} does not run on the example inputs "

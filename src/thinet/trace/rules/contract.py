@@ -136,7 +136,30 @@ def embedding(labels: Labeller, op: Op) -> None:
     labels.mixings.append(Mixing(op, FIXED, FIXED, made, (), 0))
 
 
+def grouped_matmul(labels: Labeller, op: Op) -> None:
+    """Experts: rows (t, k) times the matrix (g, k, m) of the expert that each row is sent to."""
+    a, b = op.args[:2]
+    (out,) = op.outputs()
+    if len(a.shape) != 2 or len(b.shape) != 3:
+        labels.refuse(op, f"{op.where} multiplies shapes {a.shape} and {b.shape} by groups")
+        return
+    rows, left = labels.of(a)
+    experts, right, made = labels.of(b)
+    labels.lock(rows, f"{op.where} sends its entries to experts by number")
+    labels.lock(experts, f"{op.where} picks experts by number")
+    shared = labels.join(left, right, op.where)
+    for bias in op.inputs()[3:]:
+        made = labels.join(made, labels.of(bias)[-1], op.where)
+    labels.set(out, (FIXED, made))
+    factors, sizes = (shared, made), (a.shape[1], b.shape[2])
+    times = a.shape[0] * prod(n for n, f in zip(sizes, factors, strict=True) if not labelled(f))
+    labels.mixings.append(
+        Mixing(op, left, right, made, tuple(f for f in factors if labelled(f)), times)
+    )
+
+
 RULES = {
+    "aten._grouped_mm": grouped_matmul,
     "aten.convolution": convolution,
     "aten._convolution": convolution,
     **{f"aten.{n}": matmul for n in ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm")},

@@ -61,22 +61,48 @@ def roll(labels: Labeller, op: Op) -> None:
 
 def by_tensor(labels: Labeller, op: Op) -> None:
     """x[..., index, ...]: what is indexed by a tensor may not be cut, the rest passes through."""
-    x: Value = op.args[0]
-    indices: list[Value | None] = list(op.args[1])
+    labels.set(op.outputs()[0], _picked(labels, op, op.args[0], op.args[1]))
+
+
+def put_by_tensor(labels: Labeller, op: Op) -> None:
+    """x[..., index, ...] = values: what is not indexed meets the values' last dimensions."""
+    x, indices, values = op.args[:3]
+    picked = _picked(labels, op, x, indices)
+    for back, axis in enumerate(reversed(labels.of(values)), start=1):
+        if values.shape[-back] > 1:
+            labels.join(picked[-back], axis, op.where)
+    indexed = _indexed(indices)[0]
+    axes = [FIXED if d in indexed else axis for d, axis in enumerate(labels.of(x))]
+    labels.set(op.outputs()[0], axes)
+
+
+def _indexed(indices: list[Value | None]) -> tuple[list[int], int]:
+    """The dimensions that are indexed, and how many take their place. A mask covers several."""
+    dims: list[int] = []
+    place, rank = 0, 0
+    for index in indices:
+        mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        covers = len(index.shape) if mask and index is not None else 1
+        if index is not None:
+            dims += range(place, place + covers)
+            rank = max(rank, 1 if mask else len(index.shape))
+        place += covers
+    return dims, rank
+
+
+def _picked(labels: Labeller, op: Op, x: Value, indices: list[Value | None]) -> list[Axis]:
+    """The axes of x[..., index, ...]."""
     axes = labels.of(x)
-    (out,) = op.outputs()
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-        labels.refuse(op, f"{op.where} picks entries by a mask")
-        return
-    indexed = [d for d, index in enumerate(indices) if index is not None]
-    for dim in indexed:
+    dims, rank = _indexed(indices)
+    for dim in dims:
         labels.lock(axes[dim], f"{op.where} picks entries of it by number")
-    rank = max((len(i.shape) for i in indices if i is not None), default=0)
-    together = indexed == list(range(indexed[0], indexed[-1] + 1)) if indexed else True
-    rest: list[Axis] = [a for d, a in enumerate(axes) if d not in indexed]
-    place = (indexed[0] if together else 0) if indexed else 0
-    made = [*rest[:place], *([FIXED] * rank), *rest[place:]]
-    labels.set(out, made)
+    for index in indices:
+        if index is not None:
+            labels.lock_all(index, f"{op.where} takes it for numbers of entries")
+    rest = [axis for d, axis in enumerate(axes) if d not in dims]
+    together = dims == list(range(dims[0], dims[-1] + 1)) if dims else True
+    place = dims[0] if dims and together else 0
+    return [*rest[:place], *([FIXED] * rank), *rest[place:]]
 
 
 def index_select(labels: Labeller, op: Op) -> None:
@@ -87,13 +113,51 @@ def index_select(labels: Labeller, op: Op) -> None:
     labels.set(op.outputs()[0], axes)
 
 
-def gather(labels: Labeller, op: Op) -> None:
+def put_along(labels: Labeller, op: Op) -> None:
+    """index_add, index_copy, index_fill: slices put along one dimension, the others meet."""
     x: Value = op.args[0]
-    axes = labels.of(x)
-    (out,) = op.outputs()
-    for dim, axis in enumerate(axes):
-        labels.lock(axis, f"{op.where} picks entries along dimension {dim} by number")
-    labels.set(out, (FIXED,) * len(out.shape))
+    dim = op.args[1] % len(x.shape)
+    others = [v for v in op.inputs()[1:] if len(v.shape) == len(x.shape)]
+    axes = list(labels.of(x))
+    for d in range(len(axes)):
+        met = [axes[d], *(labels.of(v)[d] for v in others)]
+        if d == dim:
+            for axis in met:
+                labels.lock(axis, f"{op.where} puts entries into it by number")
+            axes[d] = FIXED
+        else:
+            axes[d] = labels.join_all(met, op.where)
+    labels.set(op.outputs()[0], axes)
+
+
+def gather(labels: Labeller, op: Op) -> None:
+    """Entries along one dimension by number; along the others each entry stays in its place."""
+    x, index = op.args[0], op.args[2]
+    axes = _in_place(labels, op, [x, index])
+    labels.set(op.outputs()[0], axes)
+
+
+def scatter(labels: Labeller, op: Op) -> None:
+    """The inverse of gather, with or without a source."""
+    x: Value = op.args[0]
+    values = [v for v in op.inputs() if len(v.shape) == len(x.shape)]
+    labels.set(op.outputs()[0], _in_place(labels, op, values))
+
+
+def _in_place(labels: Labeller, op: Op, values: list[Value]) -> list[Axis]:
+    """Axes of tensors whose entries meet along all dimensions but `op.args[1]`."""
+    rank = len(values[0].shape)
+    dim = op.args[1] % rank if rank else 0
+    axes: list[Axis] = []
+    for d in range(rank):
+        met = [labels.of(v)[d] for v in values]
+        if d != dim and len({v.shape[d] for v in values}) == 1:
+            axes.append(labels.join_all(met, op.where))
+            continue
+        for axis in met:
+            labels.lock(axis, f"{op.where} picks entries of it by number")
+        axes.append(FIXED)
+    return axes
 
 
 def triangle(labels: Labeller, op: Op) -> None:
@@ -111,8 +175,17 @@ RULES = {
     "aten.flip": flip,
     "aten.roll": roll,
     "aten.index": by_tensor,
+    "aten.index_put": put_by_tensor,
+    "aten.index_put_": put_by_tensor,
+    "aten._unsafe_index": by_tensor,
     "aten.index_select": index_select,
+    **{f"aten.index_{n}{i}": put_along for n in ("add", "copy", "fill") for i in ("", "_")},
     "aten.gather": gather,
+    **{
+        f"aten.{n}{i}": scatter
+        for n in ("scatter", "scatter_add", "scatter_reduce")
+        for i in ("", "_")
+    },
     "aten.tril": triangle,
     "aten.triu": triangle,
 }

@@ -54,6 +54,13 @@ def sampled(labels: Labeller, op: Op) -> None:
         labels.set(out, (FIXED, axes[1], *rest) if number == 0 else (FIXED, FIXED, *rest))
 
 
+def grid(labels: Labeller, op: Op) -> None:
+    """Places from a few numbers for each image; the channels of the size play no part."""
+    labels.lock_all(op.args[0], f"{op.where} computes places from it")
+    (out,) = op.outputs()
+    labels.set(out, (FIXED,) * len(out.shape))
+
+
 def fourier(labels: Labeller, op: Op) -> None:
     """The dimensions that are transformed may not be cut, the others pass."""
     x: Value = op.args[0]
@@ -79,6 +86,7 @@ RULES = {
     "aten.unfold": unfold,
     "aten.grid_sampler_2d": sampled,
     "aten.grid_sampler_3d": sampled,
+    "aten.affine_grid_generator": grid,
     "torchvision.roi_align": sampled,
     "aten._fft_r2c": fourier,
     "aten._fft_c2r": fourier,

@@ -12,7 +12,9 @@ all amax amin any argmax argmin count_nonzero linalg_vector_norm logsumexp max m
 norm prod std std_mean sum var var_mean nansum nanmean aminmax
 """.split()
 
-SCANNING = "cumsum cumprod cummax cummin logcumsumexp sort topk _cdist_forward".split()
+SCANNING = "cumsum cumprod cummax cummin logcumsumexp sort topk".split()
+
+COUNTING = "histc bincount nonzero _unique2 unique_dim unique_consecutive".split()
 
 
 def _dims(op: Op, rank: int) -> list[int]:
@@ -63,6 +65,25 @@ def scanning(labels: Labeller, op: Op) -> None:
         labels.set(out, axes)
 
 
+def counting(labels: Labeller, op: Op) -> None:
+    """histc, bincount, unique: what comes out has nothing of the order of what goes in."""
+    for value in op.inputs():
+        labels.lock_all(value, f"{op.where} counts its values")
+    for out in op.outputs():
+        labels.set(out, (FIXED,) * len(out.shape))
+
+
+def distances(labels: Labeller, op: Op) -> None:
+    """(.., n, k) and (.., m, k) to (.., n, m)."""
+    left, right = (labels.of(v) for v in op.inputs()[:2])
+    over(labels, op, labels.join(left[-1], right[-1], op.where))
+    (out,) = op.outputs()
+    lead = [FIXED] * (len(out.shape) - 2)
+    for axis in (*left[:-2], *right[:-2]):
+        labels.lock(axis, f"{op.where} repeats it where it must")
+    labels.set(out, (*lead, left[-2], right[-2]))
+
+
 def over(labels: Labeller, op: Op, axis: Axis) -> None:
     if isinstance(axis, np.ndarray):
         labels.classes.normalise(axis, f"{op.where} reduces over it")
@@ -71,4 +92,7 @@ def over(labels: Labeller, op: Op, axis: Axis) -> None:
 RULES = {
     **{f"aten.{name}": reducing for name in REDUCING},
     **{f"aten.{name}": scanning for name in SCANNING},
+    "aten._euclidean_dist": distances,
+    "aten._cdist_forward": distances,
+    **{f"aten.{name}": counting for name in COUNTING},
 }

@@ -247,6 +247,17 @@ def pixel_unshuffle(labels: Labeller, op: Op) -> None:
     labels.set(out, axes)
 
 
+def channel_shuffle(labels: Labeller, op: Op) -> None:
+    """Channels (groups, each) become (each, groups): the same index of every group goes."""
+    x, groups = op.args[0], op.args[1]
+    axes = list(labels.of(x))
+    if isinstance(axes[1], np.ndarray):
+        columns = np.ascontiguousarray(axes[1].reshape(groups, -1).T)
+        labels.tie(columns)
+        axes[1] = columns.reshape(-1)
+    labels.set(op.outputs()[0], axes)
+
+
 def _fix_space(labels: Labeller, op: Op, axes: list[Axis]) -> None:
     for dim in (-1, -2):
         axes[dim] = labels.lock(axes[dim], f"{op.where} works on it as space")
@@ -281,5 +292,7 @@ RULES = {
     "aten.as_strided_": as_strided,
     "aten.pixel_shuffle": pixel_shuffle,
     "aten.pixel_unshuffle": pixel_unshuffle,
+    "aten.channel_shuffle": channel_shuffle,
+    "aten.native_channel_shuffle": channel_shuffle,
     "aten.repeat": repeat,
 }

@@ -58,7 +58,21 @@ def constant_pad(labels: Labeller, op: Op) -> None:
     labels.set(op.outputs()[0], axes)
 
 
+def unpool(labels: Labeller, op: Op) -> None:
+    """Entries put back at the places that a pooling remembers, channel by channel."""
+    x, places = op.args[0], op.args[1]
+    space = 3 if op.name.endswith("3d") else 2
+    axes = [
+        labels.join(a, b, op.where) for a, b in zip(labels.of(x), labels.of(places), strict=True)
+    ]
+    for dim in range(len(axes) - space, len(axes)):
+        axes[dim] = labels.lock(axes[dim], f"{op.where} puts entries along it by number")
+    labels.set(op.outputs()[0], axes)
+
+
 RULES = {
+    "aten.max_unpool2d": unpool,
+    "aten.max_unpool3d": unpool,
     **{f"aten.{name.format(n=n)}": _over_last(n) for name in POOLS for n in (1, 2, 3)},
     **{f"aten.{name}": _over_last(n) for name, n in RESIZES.items()},
     "aten.constant_pad_nd": constant_pad,

@@ -1,0 +1,81 @@
+"""Decisions that a forward pass takes by its data, taken again in later passes.
+
+Detectors keep the boxes whose scores are high enough: how many depends on the numbers. A cut model
+has other numbers, and its trace could not be compared with the original's. What is decided by data
+(which entries are not zero, which boxes overlap, a whole number or a truth taken out of a tensor)
+is remembered when the original runs, and holds when a cut copy runs. What the forward code computes
+from sizes alone is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+RESULTS: Final = frozenset(
+    (
+        *"aten.nonzero aten._unique2 aten.unique_dim aten.unique_consecutive aten.equal".split(),
+        *"aten.bincount aten._local_scalar_dense torchvision.nms".split(),
+    )
+)
+"""Operations whose result is a decision."""
+
+MASKED: Final = frozenset(
+    ("aten.index", "aten.index_put", "aten.index_put_", "aten.masked_select", "aten._unsafe_index")
+)
+"""Operations among whose arguments a mask decides."""
+
+FRESH: Final = frozenset(("aten.lift_fresh", "aten.lift_fresh_copy"))
+
+Decision = tuple[str, tuple[torch.Size, ...], Any]
+"""Operation, shapes of the tensors that it was given, and what was decided."""
+
+
+class Decisions(TorchDispatchMode):
+    """Remembers decisions, or where `known` ones are given and fit, takes these."""
+
+    def __init__(self, known: Sequence[Decision] | None = None) -> None:
+        super().__init__()
+        self.made: list[Decision] = []
+        self._known = known
+        self._constant: dict[int, torch.Tensor] = {}  # made of no data; alive, so that ids hold
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = f"{func.namespace}.{func._opname}"
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        by_data = name not in FRESH and any(id(x) not in self._constant for x in given)
+        shapes = tuple(x.shape for x in given)
+        if by_data and name in MASKED:
+            args = tree_map(lambda x: self._mask(name, x), args)
+        result = func(*args, **kwargs)
+        if by_data and name in RESULTS and not isinstance(result, float):
+            result = self._decide(name, shapes, result)
+        if not by_data:
+            made = (x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor))
+            self._constant.update({id(x): x for x in made})
+        return result
+
+    def _mask(self, name: str, value: Any) -> Any:
+        mask = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
+        if not mask or id(value) in self._constant:
+            return value
+        return self._decide(name, (value.shape,), value)
+
+    def _decide(self, name: str, shapes: tuple[torch.Size, ...], found: Any) -> Any:
+        """What was decided at this place, if the original came by it with the same shapes."""
+        place = len(self.made)
+        if self._known is not None and place < len(self._known):
+            known = self._known[place]
+            if known[:2] == (name, shapes):
+                found = known[2]
+        self.made.append((name, shapes, _cloned(found)))
+        return _cloned(found)
+
+
+def _cloned(tree: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)

@@ -1,0 +1,133 @@
+"""Forwards that decide by their data: the cut is compared as if it decided alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thinet
+from tests.oracle import check, randomise
+from thinet.trace.decisions import Decisions
+from thinet.trace.record import record
+
+torch.set_num_threads(1)
+
+
+class Rows(nn.Module):
+    """Features of 12 places, some of which are chosen by their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.score = nn.Linear(3, 6), nn.Linear(6, 1)
+        self.head, self.out = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def example(self) -> Tensor:
+        return torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.embed(x))
+        x = self.chosen(x, self.score(x).flatten())
+        return self.out(F.relu(self.head(x)))
+
+
+class NonzeroNet(Rows):
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x[torch.nonzero(score > score.mean())[:, 0]]
+
+
+class MaskNet(Rows):
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x[score > score.mean()]
+
+
+class BranchNet(Rows):
+    """Another number of operations for other numbers."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        for value in score[:6]:
+            if value > score.mean():
+                x = x + 1
+        return x
+
+
+class CountNet(Rows):
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x[: int((score > score.mean()).sum()) + 1]
+
+
+NETS: tuple[Callable[[], Rows], ...] = (NonzeroNet, MaskNet, BranchNet, CountNet)
+
+
+@pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
+def test_what_data_decides_locks_nothing(cls: Callable[[], Rows]) -> None:
+    model = randomise(cls()).double().eval()
+    x = model.example()
+    groups = thinet.find_groups(model, x)
+    free = {g.name: g.channels for g in groups if g.locked is None and g.channels > 1}
+    assert free == {"embed": 6, "head": 5}, [(g.name, g.locked) for g in groups]
+    for name in free:
+        check(model, x, groups, {name: [0, 3]}, thinet.cut)
+    check(model, x, groups, {"embed": [1], "head": [2]}, thinet.cut)
+
+
+def test_the_decisions_of_these_nets_do_change_with_a_cut() -> None:
+    """Else the test above would show nothing."""
+    model = randomise(MaskNet()).double().eval()
+    x = model.example()
+    sizes = {len(thinet.cut(model, x, {"embed": [i]}, verify=False)(x)) for i in range(6)}
+    assert len(sizes) > 1
+
+
+class SizeNet(Rows):
+    """A number out of a tensor, but made from the size: it must follow the cut, and does not."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x * torch.tensor(x.shape[1]).sqrt().item() + x[:, :1] * 0
+
+
+class SliceNet(Rows):
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        half = torch.tensor(x.shape[0] // 2).item()
+        width = torch.tensor(x.shape[1] - 1).item()
+        return torch.cat([x[:half], x[half:] * x[half:, width].unsqueeze(1)])
+
+
+@pytest.mark.parametrize("cls", [SizeNet, SliceNet], ids=lambda c: c.__name__)
+def test_what_the_size_decides_is_not_taken_for_data(cls: Callable[[], Rows]) -> None:
+    model = randomise(cls()).double().eval()
+    groups = thinet.find_groups(model, model.example())
+    assert {g.name for g in groups if g.locked is None and g.channels > 1} == {"head"}
+    reason = next(g.locked for g in groups if g.name == "embed")
+    assert "aten." in str(reason)
+
+
+def test_decisions_are_taken_again_where_they_fit() -> None:
+    a, b = torch.tensor([0.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])
+
+    def run(x: Tensor) -> tuple[Any, ...]:
+        return torch.nonzero(x)[:, 0].tolist(), x[x > 0.5].shape[0], bool(x[0] > 0)
+
+    with Decisions() as first:
+        assert run(a) == ([1, 2], 2, False)
+    names = [name for name, _, _ in first.made]
+    assert names[0] == "aten.nonzero"
+    assert names[-1] == "aten._local_scalar_dense"
+    with Decisions(first.made):
+        assert run(b) == ([1, 2], 2, False)
+    with Decisions(first.made):  # another shape is decided anew
+        assert run(torch.cat([b, b]))[0] == [0, 3]
+    assert run(b) == ([0], 1, True)
+
+
+def test_a_program_without_data_has_no_decisions() -> None:
+    model = nn.Linear(3, 2)
+    assert record(model, torch.zeros(1, 3)).decisions == ()
+    assert record(MaskNet().double(), MaskNet().example()).decisions != ()
