@@ -10,7 +10,7 @@ from torch import nn
 
 import thinet
 from thinet.errors import BudgetError, LockedGroupError, OptionError, UnknownGroupError
-from thinet.prune import PruneResult
+from thinet.outcome import PruneResult
 
 
 def chain() -> nn.Sequential:

@@ -25,7 +25,8 @@ from thinet.errors import (
     TraceError,
     UnknownGroupError,
 )
-from thinet.prune import PruneResult, Repair
+from thinet.outcome import PruneResult
+from thinet.prune import Repair
 from thinet.selection import select_groups
 from thinet.trace.analyse import analyse
 

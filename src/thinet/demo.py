@@ -21,7 +21,8 @@ from thinet.budget import Budget
 from thinet.checkpoint import load, save
 from thinet.count import count
 from thinet.errors import MissingExtraError, VerificationError
-from thinet.prune import PruneResult, Repair, prune
+from thinet.outcome import PruneResult
+from thinet.prune import Repair, prune
 from thinet.report.data import Network, Report
 from thinet.report.rows import pruned_groups
 from thinet.seeds import seeded

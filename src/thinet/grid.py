@@ -28,7 +28,8 @@ from thinet.errors import (
     VerificationError,
 )
 from thinet.journal import Journal
-from thinet.prune import PruneResult, Repair, prune
+from thinet.outcome import PruneResult
+from thinet.prune import Repair, prune
 from thinet.seeds import derive
 from thinet.selection import select_groups
 from thinet.trace.analyse import analyse

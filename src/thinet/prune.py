@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +21,8 @@ from thinet.criteria import get
 from thinet.criteria.base import Criterion, Order
 from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
-from thinet.errors import CalibrationError, OptionError
+from thinet.errors import BudgetError, CalibrationError, OptionError
+from thinet.outcome import Clock, PruneReport, PruneResult, group_report, joined, share
 from thinet.plan import Plan
 from thinet.refine import AFFORDED, ITERATIONS, Refined, refine
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
@@ -37,68 +38,14 @@ Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
 Widths = Literal["error", "uniform"]
 
+FEW = 0.4
+"""Of the costs: below it, two rounds are better than one (docs/method.md)."""
+
 NOT_REFINED = (
     "producers and consumers were not refitted together: a pass over the calibration images costs "
     "{passed:.2g} multiply-adds, and that takes some fifty; RepairSettings(refine=5) or --refine 5 "
     "does it"
 )
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What became of one group.
-
-    Attributes:
-        channels, kept: units before and after.
-        locked: why it may not be cut.
-        skipped: why it was left whole although it may be cut.
-        error: what the criterion lost, as a fraction of the consumers' output energy, if it knows.
-    """
-
-    name: str
-    channels: int
-    kept: int
-    locked: str | None = None
-    skipped: str | None = None
-    error: float | None = None
-    producers: tuple[str, ...] = ()
-    consumers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What was asked, what was reached, and how. Costs are for one batch of the example inputs.
-
-    Attributes:
-        refitted, not_refitted: layers; the latter with the reason.
-        refined: for each pair of layers that was refitted together, its mean squared error before
-            and after.
-    """
-
-    criterion: str
-    repair: str
-    budget: str
-    target: float
-    reached: float
-    macs_before: int
-    macs_after: int
-    params_before: int
-    params_after: int
-    groups: tuple[GroupReport, ...]
-    refitted: tuple[str, ...]
-    not_refitted: Mapping[str, str]
-    refined: Mapping[str, tuple[float, float]]
-    seconds: Mapping[str, float]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """A smaller model, the plan that made it, and the report."""
-
-    model: nn.Module
-    plan: Plan
-    report: PruneReport
 
 
 def prune(
@@ -116,6 +63,7 @@ def prune(
     widths: Widths = "error",
     divisor: int = 8,
     least: int = 2,
+    rounds: int | None = None,
     rows: Rows | None = None,
     repair_settings: RepairSettings | None = None,
     memory: float | None = None,
@@ -144,6 +92,9 @@ def prune(
         divisor: widths shared out by error are multiples of it, in groups of at least four times
             as many channels; networks run fastest at multiples of 8 or 16.
         least: no group is made narrower than this by error.
+        rounds: in how many equal steps a budget that is shared out by error is reached, each chosen
+            and repaired on what the one before left. None: two for less than `FEW` of the costs
+            where layers are also refitted together (see `RepairSettings.refine`), else one.
         rows: how many output positions of each layer are looked at.
         memory: GiB that calibration, selection and repair may use above the model's, on the device
             where it lies; what does not fit waits in a temporary file (in TMPDIR), and the result
@@ -165,10 +116,10 @@ def prune(
     chosen = get(criterion)
     _check_model(model)
     _check_options(budget, repair, sampling, widths, seed)
-    _check_settings(divisor, least, rows, repair_settings)
+    _check_settings(divisor, least, 1 if rounds is None else rounds, rows, repair_settings)
     by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
     store = Store(memory)
-    clock = _Clock()
+    clock = Clock()
     if analysis is None:
         analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     if budget.named is not None:
@@ -180,7 +131,27 @@ def prune(
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device)
     batches = [inputs for inputs, _ in pairs]
-    images = sum(images_in(batch) for batch in batches)
+    iterations, dear = _iterations(repair, repair_settings, analysis, example_inputs, batches)
+    if by_error and rounds is None:
+        rounds = 2 if iterations and budget.fraction < FEW else 1
+    if by_error and rounds and rounds > 1:
+        again: dict[str, Any] = {
+            "criterion": criterion, "repair": repair, "only": only, "skip": skip,
+            "recalibrate": recalibrate, "divisor": divisor, "least": least, "rows": rows,
+            "repair_settings": repair_settings, "memory": memory, "normalised": normalised,
+            "choices": choices, "verify": verify, "seed": seed, "progress": progress,
+        }  # fmt: skip
+        settings = repair_settings or RepairSettings()
+        between = Budget(**{budget.kind: budget.fraction ** (1 - 1 / rounds)})
+        with suppress(BudgetError):  # coarse widths may only meet the budget at once
+            first = prune(
+                model, example_inputs, pairs,
+                budget=between, rounds=rounds - 1, analysis=analysis,
+                **again | {"repair_settings": replace(settings, every=2 * settings.every)},
+            )  # fmt: skip
+            rest = Budget(**{budget.kind: min(budget.fraction / first.report.reached, 1.0)})
+            last = prune(first.model, example_inputs, pairs, budget=rest, rounds=1, **again)
+            return joined(first, last, budget.fraction)
     clock.lap("groups")
     needs = chosen.needs | ({"hessians"} if by_error else set())
     cut_groups = [g for g in groups if by_error or kept[g.name] < g.channels]
@@ -224,17 +195,12 @@ def prune(
     elif repair == "scale":
         repaired = repair_scale(small, model, cut_groups, plan, seen)
     clock.lap("repairing")
-    if repair == "full":
-        iterations = repair_settings.refine if repair_settings else None
-        passed = analysis.costs.macs({}) / max(images_in(example_inputs), 1) * images
-        if iterations is None and passed > AFFORDED:
-            notes += (NOT_REFINED.format(passed=passed),)
-        elif iterations != 0:
-            refined = refine(
-                small, model, plan, batches,
-                iterations=iterations or ITERATIONS, seed=seed, store=store, progress=progress,
-            )  # fmt: skip
-            clock.lap("refining")
+    if iterations:
+        refined = refine(
+            small, model, plan, batches[:: repair_settings.every if repair_settings else 1],
+            iterations=iterations, seed=seed, store=store, progress=progress,
+        )  # fmt: skip
+        clock.lap("refining")
     if recalibrate:
         small = recalibrate_bn(small, batches)
         clock.lap("recalibrating")
@@ -253,31 +219,26 @@ def prune(
     reached = {
         "macs": analysis.costs.macs(kept) / max(analysis.costs.macs({}), 1),
         "params": analysis.costs.params(kept) / max(analysis.costs.params({}), 1),
-        "keep": _share(groups, kept),
+        "keep": share(groups, kept),
     }
     report = PruneReport(
         criterion=criterion,
         repair=repair,
         budget=budget.kind,
-        target=_share(groups, kept) if budget.named else budget.fraction,
+        target=share(groups, kept) if budget.named else budget.fraction,
         reached=reached[budget.kind],
         macs_before=analysis.costs.macs({}),
         macs_after=analysis.costs.macs(kept),
         params_before=analysis.costs.params({}),
         params_after=analysis.costs.params(kept),
-        groups=tuple(_group_report(g, groups, kept, orders) for g in analysis.groups),
+        groups=tuple(group_report(g, groups, kept, orders) for g in analysis.groups),
         refitted=repaired.refitted,
         not_refitted=repaired.skipped,
         refined=refined.errors,
         seconds=clock.laps,
-        notes=notes,
+        notes=(*notes, *dear),
     )
     return PruneResult(small, plan, report)
-
-
-def _share(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> float:
-    """Units that stay, of all units of these groups."""
-    return sum(widths[g.name] for g in groups) / sum(g.channels for g in groups)
 
 
 def _check_model(model: object) -> None:
@@ -293,8 +254,10 @@ def _check_model(model: object) -> None:
         raise OptionError(f"{empty[0]} has no data (it is on the meta device); load the weights")
 
 
-def _check_settings(divisor: object, least: object, rows: object, repair: object) -> None:
-    for name, value in (("divisor", divisor), ("least", least)):
+def _check_settings(
+    divisor: object, least: object, rounds: object, rows: object, repair: object
+) -> None:
+    for name, value in (("divisor", divisor), ("least", least), ("rounds", rounds)):
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} is a whole number from 1; got {value!r}")
     for name, value, kind in (("rows", rows, Rows), ("repair_settings", repair, RepairSettings)):
@@ -374,38 +337,18 @@ def _orders(
     return orders, curves, tuple(notes)
 
 
-def _group_report(
-    group: ChannelGroup,
-    chosen: Sequence[ChannelGroup],
-    widths: Mapping[str, int],
-    orders: Mapping[str, Order],
-) -> GroupReport:
-    kept = widths.get(group.name, group.channels)
-    order = orders.get(group.name)
-    error = None
-    if order is not None and order.errors is not None:
-        error = order.errors[group.channels - kept]
-    free = group.locked is None
-    return GroupReport(
-        name=group.name,
-        channels=group.channels,
-        kept=kept,
-        locked=group.locked,
-        skipped="not chosen" if free and group not in chosen else None,
-        error=error,
-        producers=group.producers,
-        consumers=group.consumers,
-    )
-
-
-class _Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
+def _iterations(
+    repair: str,
+    settings: RepairSettings | None,
+    analysis: Analysis,
+    example_inputs: ExampleInputs,
+    batches: Sequence[ExampleInputs],
+) -> tuple[int, tuple[str, ...]]:
+    """Iterations of the joint refit; where it would cost too much, none and a note."""
+    if repair != "full":
+        return 0, ()
+    if settings is not None and settings.refine is not None:
+        return settings.refine, ()
+    images = sum(images_in(batch) for batch in batches)
+    passed = analysis.costs.macs({}) / max(images_in(example_inputs), 1) * images
+    return (ITERATIONS, ()) if passed <= AFFORDED else (0, (NOT_REFINED.format(passed=passed),))

@@ -47,16 +47,20 @@ class RepairSettings:
         refine: iterations of the joint refit of producers and consumers that follows
             (`thinet.refine`), 0 for none. None: as many as pay, if a pass over the calibration
             images is cheap enough (`AFFORDED`).
+        every: the joint refit looks at each `every`-th batch only.
     """
 
     ridge: float = 1e-3
     layers: str = "all"
     shortcut: bool = True
     refine: int | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise OptionError(f"ridge is at least 0; got {self.ridge!r}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise OptionError(f"every is a whole number from 1; got {self.every!r}")
         if self.refine is not None and (not isinstance(self.refine, int) or self.refine < 0):
             raise OptionError(f"refine is a whole number from 0, or None; got {self.refine!r}")
         if self.layers not in ("all", "consumers"):

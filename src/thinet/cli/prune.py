@@ -81,6 +81,14 @@ def prune(
         int | None,
         typer.Option(min=1, help="Widths by error are multiples of it in wide groups; default 8."),
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Reach --macs or --params in so many steps, each chosen on what the one before "
+            "left. Default: two below 0.4 where --refine is on, else one.",
+        ),
+    ] = None,
     choice: options.Choice = None,
     normalised: options.Normalised = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
@@ -119,7 +127,7 @@ def prune(
         check_output(report, force=force, suffixes=REPORTS)
 
     asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
-    asked |= options.shared_out(asked, widths=widths, divisor=divisor)
+    asked |= options.shared_out(asked, widths=widths, divisor=divisor, rounds=rounds)
     asked |= options.freed(asked, choice=choice, normalised=normalised)
     if refine is not None:
         asked["repair_settings"] = RepairSettings(refine=refine)

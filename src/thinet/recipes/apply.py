@@ -15,8 +15,9 @@ from thinet.calibrate.layers import find_layers
 from thinet.count import count
 from thinet.errors import CalibrationError
 from thinet.lstsq import solve_full
+from thinet.outcome import PruneResult
 from thinet.plan import Plan, Replacement
-from thinet.prune import PruneResult, Repair, Sampling, prune
+from thinet.prune import Repair, Sampling, prune
 from thinet.recipes import resolve
 from thinet.recipes.recipe import Recipe
 from thinet.repair import RepairSettings

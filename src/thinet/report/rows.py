@@ -7,7 +7,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from thinet.prune import PruneReport
+from thinet.outcome import PruneReport
 from thinet.report.data import Group
 from thinet.surgery.apply import named_tensors
 from thinet.trace.groups import layer_name

@@ -1,0 +1,84 @@
+"""A budget in several rounds: the same as one `prune` after the other, reported as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import thinet
+from tests.nets import PlainVGG
+from tests.oracle import randomise
+from thinet.errors import OptionError
+from thinet.outcome import PruneResult
+from thinet.repair import RepairSettings
+
+
+def vgg() -> PlainVGG:
+    torch.manual_seed(3)
+    return randomise(PlainVGG()).eval()
+
+
+def pruned(model: torch.nn.Module, macs: float, rounds: int | None, every: int = 1) -> PruneResult:
+    torch.manual_seed(4)
+    batches: list[Tensor] = [torch.randn(6, *PlainVGG.shape[1:]) for _ in range(2)]
+    budget = thinet.Budget(macs=macs)
+    return thinet.prune(
+        model,
+        batches[0][:1],
+        batches,
+        budget=budget,
+        rounds=rounds,
+        divisor=1,
+        repair_settings=RepairSettings(every=every),
+    )
+
+
+def test_two_rounds_are_one_after_the_other() -> None:
+    model = vgg()
+    both = pruned(model, 0.3, 2)
+    first = pruned(model, 0.3**0.5, 1, every=2)  # a start need not be exact
+    last = pruned(first.model, 0.3 / first.report.reached, 1)
+    for (name, ours), (_, theirs) in zip(
+        both.model.state_dict().items(), last.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_report_and_the_plan_are_those_of_the_dense_network(tmp_path: Path) -> None:
+    model, x = vgg(), torch.randn(2, *PlainVGG.shape[1:])
+    result = pruned(model, 0.3, 2)
+    report = result.report
+    dense, small = thinet.count(model, x[:1]), thinet.count(result.model, x[:1])
+    assert (report.macs_before, report.macs_after) == (dense.macs, small.macs)
+    assert (report.params_before, report.params_after) == (dense.params, small.params)
+    assert report.target == 0.3
+    assert report.reached == pytest.approx(small.macs / dense.macs)
+    assert report.reached == pytest.approx(0.3, abs=0.01)
+    groups = {g.name: g for g in thinet.find_groups(model, x[:1])}
+    assert {g.name: g.channels for g in report.groups} == {n: g.channels for n, g in groups.items()}
+    for group in report.groups:
+        assert group.kept == len(result.plan.keep.get(group.name, range(group.channels)))
+    assert result.plan.settings["budget"] == {"macs": 0.3}
+    thinet.save(tmp_path / "small.safetensors", result.model, result.plan)
+    loaded = thinet.load(tmp_path / "small.safetensors", model)
+    assert torch.equal(loaded(x), result.model(x))
+
+
+def test_small_budgets_take_two_rounds_where_layers_are_refitted_together() -> None:
+    model = vgg()
+    assert same(pruned(model, 0.3, None), pruned(model, 0.3, 2))
+    assert same(pruned(model, 0.6, None), pruned(model, 0.6, 1))
+    assert not same(pruned(model, 0.3, None), pruned(model, 0.3, 1))
+
+
+def same(a: PruneResult, b: PruneResult) -> bool:
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    return all(ours[n].shape == t.shape and torch.equal(ours[n], t) for n, t in theirs.items())
+
+
+def test_no_round_at_all_is_refused() -> None:
+    with pytest.raises(OptionError, match="rounds"):
+        pruned(vgg(), 0.5, 0)
