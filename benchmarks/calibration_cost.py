@@ -7,7 +7,8 @@
 Both sides take the same seeded images, made batch by batch before the clock starts, the same
 threads and the same batch size; `--batches 8 16 32` gives the forward pass the best of several.
 Pruning takes the two inner convolutions of each block to half of the multiply-adds, by ThiNet with
-the full repair, and holds the images, as it needs them twice: they count in its memory.
+the full repair (without the joint refit that may follow), and holds the images, as it needs them
+twice: they count in its memory.
 
 Each side runs in a process of its own. Memory is what the process has resident at its highest
 (sampled every 5 ms) above what it has with the model loaded and nothing done; on a GPU, what is
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import thinet
 from thinet.models import resolve
+from thinet.repair import RepairSettings
 
 GIB = 2**30
 ONLY = "layer*.conv[12]"
@@ -125,6 +127,7 @@ def prune_side(
             only=options.only,
             criterion="thinet",
             repair="full",
+            repair_settings=RepairSettings(refine=0),
             **extra,
         )
     held = sum(batch.nbytes for batch in batches)
