@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from thinet.allocate import Allowed, allocate, allowed_widths, error_widths
 from thinet.budget import Budget
+from thinet.dynamic import allocate_dynamic
 from thinet.errors import BudgetError, OptionError
 from thinet.trace.groups import Costs, CostTerm, Size
 from thinet.types import ChannelGroup
@@ -108,3 +109,75 @@ def test_a_budget_out_of_reach_says_so() -> None:
         allocate([choice], model.macs_terms, model.full, 10)
     with pytest.raises(OptionError, match="divisor and least are at least 1; got 0 and 2"):
         error_widths(Budget(macs=0.5), [], {}, costs({}, []), divisor=0)
+
+
+def best_by_trying(
+    errors: Mapping[str, list[float]], cost: Costs, fraction: float
+) -> tuple[float, dict[str, int]]:
+    """The least summed error of all widths that cost at most the fraction."""
+    full = cost.macs({})
+    found: list[tuple[float, dict[str, int]]] = []
+    for widths in product(*(range(1, len(e)) for e in errors.values())):
+        given = dict(zip(errors, widths, strict=True))
+        if cost.macs(given) <= fraction * full:
+            lost = sum(e[len(e) - 1 - given[n]] for n, e in errors.items())
+            found.append((lost, given))
+    return min(found, key=lambda each: each[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    curves=st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=6), min_size=2, max_size=3),
+    keep=st.floats(0.4, 0.95),
+)
+def test_dynamic_programming_is_the_best_where_costs_add_up(
+    curves: list[list[int]], keep: float
+) -> None:
+    """Curves of any shape; each group has its own layers, of 7 units of cost a channel."""
+    names = [f"g{i}" for i in range(len(curves))]
+    errors = {n: [0.0, *accumulate(map(float, c))] for n, c in zip(names, curves, strict=True)}
+    channels = {n: len(e) - 1 for n, e in errors.items()}
+    terms = tuple(CostTerm("", 1, (Size(7, ()), Size(0, ((n, 1),)))) for n in names)
+    cost = Costs(full=channels, macs_terms=terms, params_terms=terms)
+    groups = [group(n, channels[n]) for n in names]
+    choices = [
+        Allowed(n, tuple(range(1, channels[n] + 1)), tuple(errors[n][::-1][1:]),
+                {w: errors[n][channels[n] - w] for w in range(1, channels[n] + 1)})
+        for n in names
+    ]  # fmt: skip
+    target = keep * cost.macs({})
+    if cost.macs({g.name: 1 for g in groups}) > target:
+        return
+    widths = allocate_dynamic(choices, terms, channels, target)
+    assert cost.macs(widths) <= target
+    lost = sum(errors[n][channels[n] - w] for n, w in widths.items())
+    assert lost == pytest.approx(best_by_trying(errors, cost, keep)[0])
+
+
+def test_dynamic_programming_is_never_worse_than_the_hull_where_costs_multiply() -> None:
+    errors = {"a": [0.0, 1, 2, 9, 10], "b": [0.0, 4, 5, 6, 30], "c": [0.0, 2, 8, 9, 10]}
+    channels = dict.fromkeys(errors, 4)
+    cost = costs(channels, list(errors))
+    choices = [allowed_widths(group(n, 4), e) for n, e in errors.items()]
+    for keep in (0.4, 0.5, 0.6, 0.8):
+        target = keep * cost.macs({})
+        lost = [
+            sum(errors[n][4 - w] for n, w in found.items())
+            for found in (
+                way(choices, cost.macs_terms, channels, target)
+                for way in (allocate, allocate_dynamic)
+            )
+        ]
+        assert lost[1] <= lost[0]
+        assert lost[1] >= best_by_trying(errors, cost, keep)[0]
+
+
+def test_fixed_widths_stay_and_the_others_are_shared_out_around_them() -> None:
+    channels = {"a": 8, "b": 8, "c": 8}
+    cost = costs(channels, ["a", "b", "c"])
+    groups = [group(n, 8) for n in channels]
+    curves = {n: [float(r) for r in range(9)] for n in channels}
+    found = error_widths(Budget(macs=0.5), groups, curves, cost, divisor=1, fixed={"b": 7})
+    assert found["b"] == 7
+    assert cost.macs(found) <= 0.51 * cost.macs({})
+    assert found["a"] < 8

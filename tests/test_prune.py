@@ -334,7 +334,7 @@ def test_half_precision_stays_what_it_is() -> None:
         ({"criterion": None}, OptionError, "unknown criterion None; there are "),
         ({"repair": "best"}, OptionError, "unknown repair 'best'; choose one of none, scale, full"),
         ({"sampling": "all"}, OptionError, "unknown sampling 'all'; choose one of exact, paper"),
-        ({"widths": "equal"}, OptionError, "unknown widths 'equal'; choose one of error, uniform"),
+        ({"widths": "equal"}, OptionError, "unknown widths 'equal'; choose one of error, dynamic, uniform"),
         (
             {"budget": 0.5},
             OptionError,

@@ -11,7 +11,7 @@ from torch import Tensor
 import thinet
 from tests.nets import PlainVGG
 from tests.oracle import randomise
-from thinet.errors import OptionError
+from thinet.errors import OptionError, UnknownGroupError
 from thinet.outcome import PruneResult
 from thinet.repair import RepairSettings
 
@@ -82,3 +82,19 @@ def same(a: PruneResult, b: PruneResult) -> bool:
 def test_no_round_at_all_is_refused() -> None:
     with pytest.raises(OptionError, match="rounds"):
         pruned(vgg(), 0.5, 0)
+
+
+def test_fixed_widths_are_kept_through_both_rounds() -> None:
+    model, x = vgg(), torch.randn(1, *PlainVGG.shape[1:])
+    free = [g for g in thinet.find_groups(model, x) if g.locked is None]
+    name = free[0].name
+    result = thinet.prune(
+        model, x, [torch.randn(6, *PlainVGG.shape[1:])], budget=thinet.Budget(macs=0.35),
+        fixed={name: 0.75}, divisor=1, rounds=2,
+    )  # fmt: skip
+    (group,) = [g for g in result.report.groups if g.name == name]
+    assert (group.kept, group.channels) == (int(free[0].channels * 0.75), free[0].channels)
+    with pytest.raises(UnknownGroupError, match="nothing_like_it"):
+        thinet.prune(model, x, [x], budget=thinet.Budget(macs=0.5), fixed={"nothing_like_it": 3})
+    with pytest.raises(OptionError, match="shared out by error"):
+        thinet.prune(model, x, [x], budget=thinet.Budget(keep=0.5), fixed={name: 3})

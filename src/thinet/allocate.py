@@ -12,7 +12,7 @@ the end is not. So errors weigh more the later they are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thinet.budget import WITHIN, Budget, check_reached, nearer_widths
@@ -23,6 +23,13 @@ from thinet.types import ChannelGroup
 LATE = 3.0
 """How much more an error weighs in the last group than in the first: on ResNet-56 better than 1
 and 6 (docs/method.md)."""
+
+
+Allocator = Callable[
+    [Sequence["Allowed"], Sequence[CostTerm], Mapping[str, int], float], dict[str, int]
+]
+"""What `allocate` is: from the widths that each group may have, the terms of the cost, full widths
+and the cost that may remain to one width for each group."""
 
 
 class Meter:
@@ -65,6 +72,8 @@ def error_widths(
     divisor: int = 8,
     least: int = 2,
     late: float = LATE,
+    fixed: Mapping[str, int] | None = None,
+    allocator: Allocator | None = None,
 ) -> dict[str, int]:
     """How many units stay in each group under a budget of MACs or parameters.
 
@@ -76,6 +85,8 @@ def error_widths(
             others at the same fraction.
         late: how much more the last group's errors weigh than the first one's; between, the
             weights grow evenly in proportion.
+        fixed: units that stay of single groups; the others are shared out around them.
+        allocator: by default `allocate`.
 
     Raises:
         BudgetError: the budget cannot be met within 1 %.
@@ -84,6 +95,7 @@ def error_widths(
         raise OptionError(f"divisor and least are at least 1; got {divisor} and {least}")
     if not 0 < late < float("inf"):
         raise OptionError(f"late is a factor above 0; got {late!r}")
+    fixed = fixed or {}
     weighed = {
         group.name: [late ** (n / max(len(groups) - 1, 1)) * e for e in _curve(group, curves)]
         for n, group in enumerate(groups)
@@ -95,17 +107,20 @@ def error_widths(
     while True:
         choices = [
             allowed_widths(g, weighed[g.name], divisor=divisor, least=min(least, g.channels))
+            if g.name not in fixed
+            else one_width(g, weighed[g.name], fixed[g.name])
             for g in groups
         ]
         try:
-            widths = allocate(choices, terms, costs.full, target)
+            widths = (allocator or allocate)(choices, terms, costs.full, target)
         except BudgetError:
             if divisor == 1 and least == 1:
                 raise
             divisor, least = 1, 1
             continue
         if divisor == 1 or measure(widths) >= target - WITHIN * full:
-            widths = nearer_widths(widths, groups, measure, target, WITHIN * full)
+            free = [g for g in groups if g.name not in fixed]
+            widths = nearer_widths(widths, free, measure, target, WITHIN * full)
             check_reached(budget, {budget.kind: measure(widths) / full})
             return widths
         divisor //= 2
@@ -157,6 +172,12 @@ def allowed_widths(
         hull.append(point)
     on_hull, their_errors = zip(*hull, strict=True)
     return Allowed(group.name, on_hull, their_errors, dict(points))
+
+
+def one_width(group: ChannelGroup, errors: Sequence[float], width: int) -> Allowed:
+    """No choice at all."""
+    error = float(errors[group.channels - width])
+    return Allowed(group.name, (width,), (error,), {width: error})
 
 
 def _above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thinet.allocate import LATE, error_widths
-from thinet.budget import Budget, check_reached, uniform_widths
+from thinet.budget import Budget, check_reached, uniform_widths, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.collect import Observations, Rows, collect
@@ -21,7 +21,8 @@ from thinet.criteria import get
 from thinet.criteria.base import Criterion, Order
 from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
-from thinet.errors import BudgetError, CalibrationError, OptionError
+from thinet.dynamic import allocate_dynamic
+from thinet.errors import BudgetError, CalibrationError, OptionError, UnknownGroupError
 from thinet.outcome import Clock, PruneReport, PruneResult, group_report, joined, share
 from thinet.plan import Plan
 from thinet.refine import AFFORDED, ITERATIONS, Refined, refine
@@ -36,7 +37,7 @@ from thinet.verify import verify_cut
 
 Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
-Widths = Literal["error", "uniform"]
+Widths = Literal["error", "dynamic", "uniform"]
 
 FEW = 0.4
 """Of the costs: below it, two rounds are better than one (docs/method.md)."""
@@ -63,6 +64,7 @@ def prune(
     widths: Widths = "error",
     divisor: int = 8,
     least: int = 2,
+    fixed: Mapping[str, int | float] | None = None,
     rounds: int | None = None,
     rows: Rows | None = None,
     repair_settings: RepairSettings | None = None,
@@ -88,7 +90,10 @@ def prune(
         recalibrate: re-estimate BatchNorm statistics at the end.
         sampling: "exact" or "paper" (10 single outputs of each image).
         widths: how a budget of costs is shared out: by "error" (each group gives up what loses
-            least for what it saves) or "uniform" (the same fraction everywhere, as the paper).
+            least for what it saves), by "dynamic" programming over the same errors, or "uniform"
+            (the same fraction everywhere, as the paper).
+        fixed: what stays of single groups by name, as in `Budget(keep=...)`; the others are shared
+            out around them.
         divisor: widths shared out by error are multiples of it, in groups of at least four times
             as many channels; networks run fastest at multiples of 8 or 16.
         least: no group is made narrower than this by error.
@@ -117,7 +122,7 @@ def prune(
     _check_model(model)
     _check_options(budget, repair, sampling, widths, seed)
     _check_settings(divisor, least, 1 if rounds is None else rounds, rows, repair_settings)
-    by_error = widths == "error" and budget.kind != "keep" and sampling == "exact"
+    by_error = widths != "uniform" and budget.kind != "keep" and sampling == "exact"
     store = Store(memory)
     clock = Clock()
     if analysis is None:
@@ -125,6 +130,7 @@ def prune(
     if budget.named is not None:
         only = named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
+    set_widths = _fixed(fixed, groups, by_error)
     kept = uniform_widths(budget, groups, analysis.costs)
     if not by_error:
         _check_cost(budget, analysis, kept)
@@ -138,6 +144,7 @@ def prune(
         again: dict[str, Any] = {
             "criterion": criterion, "repair": repair, "only": only, "skip": skip,
             "recalibrate": recalibrate, "divisor": divisor, "least": least, "rows": rows,
+            "widths": widths, "fixed": set_widths,
             "repair_settings": repair_settings, "memory": memory, "normalised": normalised,
             "choices": choices, "verify": verify, "seed": seed, "progress": progress,
         }  # fmt: skip
@@ -176,7 +183,8 @@ def prune(
     if by_error:
         kept = error_widths(
             budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least,
-            late=LATE if repair == "full" else 1.0,
+            late=LATE if repair == "full" else 1.0, fixed=set_widths,
+            allocator=allocate_dynamic if widths == "dynamic" else None,
         )  # fmt: skip
     keep = {
         g.name: orders[g.name].keep(kept[g.name]) for g in cut_groups if kept[g.name] < g.channels
@@ -208,7 +216,7 @@ def prune(
         "criterion": criterion,
         "repair": repair,
         "budget": {budget.kind: dict(budget.named) if budget.named else budget.fraction},
-        "widths": "error" if by_error else "uniform",
+        "widths": widths if by_error else "uniform",
         "sampling": sampling,
         "recalibrate": recalibrate,
         "normalised": normalised,
@@ -335,6 +343,26 @@ def _orders(
             "criterion: " + "; ".join(notes[:3])
         )
     return orders, curves, tuple(notes)
+
+
+def _fixed(
+    given: Mapping[str, int | float] | None, groups: Sequence[ChannelGroup], by_error: bool
+) -> dict[str, int]:
+    """Units of the groups whose widths are given; errors as for a budget that names groups."""
+    if not given:
+        return {}
+    if not by_error:
+        raise OptionError(
+            "fixed widths go with a budget of macs or params that is shared out by error"
+        )
+    Budget(keep=given)  # its checks
+    known = {group.name: group for group in groups}
+    for name in given:
+        if name not in known:
+            raise UnknownGroupError(
+                f"fixed names {name!r}, which is none of the {len(known)} groups that are cut here"
+            )
+    return {name: units(known[name], value) for name, value in given.items()}
 
 
 def _iterations(
