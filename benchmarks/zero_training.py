@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import thinet
 from thinet.data import calibration_batches, loader
 from thinet.models import resolve
+from thinet.refine import ITERATIONS
 from thinet.repair import RepairSettings
 from thinet.train.evaluate import evaluate
 
@@ -53,7 +54,7 @@ def ours(name: str, *, uniform: bool = True, refined: bool = False, **options: A
         budget = thinet.Budget(keep=speed) if uniform else thinet.Budget(macs=1 / speed)
         return thinet.prune(
             model, EXAMPLE, batches, budget=budget, only=INNER, divisor=1,
-            repair_settings=RepairSettings(refine=None if refined else 0), **options,
+            repair_settings=RepairSettings(refine=ITERATIONS if refined else 0), **options,
         ).model  # fmt: skip
 
     return Method(name, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from thinet.calibrate.pairs import find_pairs
 from thinet.cut import apply_to_copy
 from thinet.errors import OptionError
 from thinet.joint import PairOutputs
+from thinet.outcome import PruneReport
 from thinet.plan import Plan
 from thinet.refine import refine
 from thinet.repair import RepairSettings
@@ -230,26 +232,30 @@ def test_settings_say_how_many_iterations() -> None:
     model = randomise(PlainVGG()).eval()
     batches = [example(PlainVGG, 8)]
 
-    def pruned(refine: int | None) -> thinet.PruneResult:
+    def pruned(refine: int | None, budget: thinet.Budget) -> PruneReport:
         return thinet.prune(
-            model, batches[0][:1], batches, budget=thinet.Budget(keep=0.5),
+            model, batches[0][:1], batches, budget=budget, divisor=1,
             repair_settings=RepairSettings(refine=refine),
-        )  # fmt: skip
+        ).report  # fmt: skip
 
-    assert pruned(0).report.refined == {}
-    assert "refining" not in pruned(0).report.seconds
-    assert pruned(2).report.refined
-    assert pruned(None).report.refined  # a pass over so little is cheap
+    keep, macs = thinet.Budget(keep=0.5), thinet.Budget(macs=0.6)
+    for budget in (keep, macs):
+        assert pruned(0, budget).refined == {}
+        assert "refining" not in pruned(0, budget).seconds
+        assert pruned(2, budget).refined
+    assert pruned(None, macs).refined  # a pass over so little is cheap
+    assert not pruned(None, keep).refined  # as the paper
     with pytest.raises(OptionError, match="refine"):
         RepairSettings(refine=-1)
+    with pytest.raises(OptionError, match="every"):
+        RepairSettings(every=0)
 
 
 def test_a_pass_that_costs_too_much_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
     monkeypatch.setattr(importlib.import_module("thinet.prune"), "AFFORDED", 10.0)
     model = randomise(PlainVGG()).eval()
     batches = [example(PlainVGG, 4)]
-    report = thinet.prune(model, batches[0][:1], batches, budget=thinet.Budget(keep=0.5)).report
+    budget = thinet.Budget(macs=0.6)
+    report = thinet.prune(model, batches[0][:1], batches, budget=budget, divisor=1).report
     assert not report.refined
     assert any("refine=5" in note for note in report.notes)

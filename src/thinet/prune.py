@@ -137,7 +137,11 @@ def prune(
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device)
     batches = [inputs for inputs, _ in pairs]
-    iterations, dear = _iterations(repair, repair_settings, analysis, example_inputs, batches)
+    settings = repair_settings or RepairSettings()
+    passed = (
+        analysis.costs.macs({}) * sum(map(images_in, batches)) / max(images_in(example_inputs), 1)
+    )
+    iterations, dear = _iterations(settings, repair, by_error, passed)
     if by_error and rounds is None:
         rounds = 2 if iterations and budget.fraction < FEW else 1
     if by_error and rounds and rounds > 1:
@@ -148,7 +152,6 @@ def prune(
             "repair_settings": repair_settings, "memory": memory, "normalised": normalised,
             "choices": choices, "verify": verify, "seed": seed, "progress": progress,
         }  # fmt: skip
-        settings = repair_settings or RepairSettings()
         between = Budget(**{budget.kind: budget.fraction ** (1 - 1 / rounds)})
         with suppress(BudgetError):  # coarse widths may only meet the budget at once
             first = prune(
@@ -205,14 +208,14 @@ def prune(
     clock.lap("repairing")
     if iterations:
         refined = refine(
-            small, model, plan, batches[:: repair_settings.every if repair_settings else 1],
+            small, model, plan, batches[:: settings.every],
             iterations=iterations, seed=seed, store=store, progress=progress,
         )  # fmt: skip
         clock.lap("refining")
     if recalibrate:
         small = recalibrate_bn(small, batches)
         clock.lap("recalibrating")
-    settings = {
+    plan_settings = {
         "criterion": criterion,
         "repair": repair,
         "budget": {budget.kind: dict(budget.named) if budget.named else budget.fraction},
@@ -223,7 +226,7 @@ def prune(
         "choices": dict(choices or {}),
         "seed": seed,
     }
-    plan = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, settings)
+    plan = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, plan_settings)
     reached = {
         "macs": analysis.costs.macs(kept) / max(analysis.costs.macs({}), 1),
         "params": analysis.costs.params(kept) / max(analysis.costs.params({}), 1),
@@ -366,17 +369,15 @@ def _fixed(
 
 
 def _iterations(
-    repair: str,
-    settings: RepairSettings | None,
-    analysis: Analysis,
-    example_inputs: ExampleInputs,
-    batches: Sequence[ExampleInputs],
+    settings: RepairSettings, repair: str, by_error: bool, passed: float
 ) -> tuple[int, tuple[str, ...]]:
-    """Iterations of the joint refit; where it would cost too much, none and a note."""
+    """Iterations of the joint refit; where these would cost too much, none and a note.
+
+    Args:
+        passed: multiply-adds of a pass over the calibration images.
+    """
     if repair != "full":
         return 0, ()
-    if settings is not None and settings.refine is not None:
-        return settings.refine, ()
-    images = sum(images_in(batch) for batch in batches)
-    passed = analysis.costs.macs({}) / max(images_in(example_inputs), 1) * images
+    if settings.refine is not None or not by_error:
+        return settings.refine or 0, ()
     return (ITERATIONS, ()) if passed <= AFFORDED else (0, (NOT_REFINED.format(passed=passed),))

@@ -45,8 +45,8 @@ class RepairSettings:
         layers: "all" layers behind the first cut, or only the "consumers" of cut channels.
         shortcut: make up for what the shortcut has lost.
         refine: iterations of the joint refit of producers and consumers that follows
-            (`thinet.refine`), 0 for none. None: as many as pay, if a pass over the calibration
-            images is cheap enough (`AFFORDED`).
+            (`thinet.refine`), 0 for none. None: as many as pay where widths are shared out by
+            error and a pass over the calibration images is cheap enough, else none.
         every: the joint refit looks at each `every`-th batch only.
     """
 

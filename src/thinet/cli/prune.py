@@ -56,7 +56,7 @@ def prune(
         typer.Option(
             min=0,
             help="Iterations of refitting producers and consumers together after a full repair, 0 "
-            "for none. Default: 5 where one pass over the images is cheap.",
+            "for none. Default: 5 for --macs and --params where one pass over the images is cheap.",
         ),
     ] = None,
     only: Annotated[
