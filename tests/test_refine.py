@@ -118,7 +118,6 @@ def test_derivatives_are_those_of_differences(cls: Any, shape: Any) -> None:
             dim = -1 - pair.consumer.geometry.rank
             shape = list(pair.consumer.y.shape)
             gain = torch.rand(shape[dim], dtype=torch.float64) + 0.5
-            gain = gain.reshape(-1, *[1] * pair.consumer.geometry.rank)
             zeros = torch.zeros(shape, dtype=torch.float64)
             outputs = PairOutputs(lane, execution.tensors, pair, [zeros], gain)
             outputs.residuals()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from thinet.calibrate.layers import Layer
 from thinet.calibrate.pairs import Pair
 from thinet.gauss_newton import Change
 from thinet.observe import forward_derivatives
-from thinet.trace.interpret import Lane
+from thinet.trace.interpret import Lane, storages_written
 
 
 class PairOutputs:
     """The consumer's outputs as a function of both layers' weights, beside their targets.
 
+    Outputs are those behind the norm that follows the consumer, but for a constant.
+
     Attributes:
         weights, intercepts: of the producer and the consumer; intercepts are what is added.
-        gain: of the norm behind the consumer, to be multiplied along its channels.
+        gain: (N,) of the norm behind the consumer.
         free: whether a layer's intercept has a place to go.
         size: outputs of all batches together.
     """
@@ -35,12 +36,15 @@ class PairOutputs:
     ) -> None:
         self.lane, self.tensors, self.pair = lane, tensors, pair
         self.targets, self.gain = targets, gain
-        ends = (pair.producer, pair.consumer)
-        self.weights = tuple(tensors[layer.weight] for layer in ends)
+        self.ends = (pair.producer, pair.consumer)
+        self.weights = tuple(tensors[layer.weight] for layer in self.ends)
         self.intercepts = tuple(w.new_zeros(len(w)) for w in self.weights)
-        self.free = tuple(layer.bias is not None or layer.norm is not None for layer in ends)
+        self.free = tuple(layer.bias is not None or layer.norm is not None for layer in self.ends)
         self.size = sum(target.numel() for target in targets)
         self._ids = {name: value_id for value_id, name in lane.program.names.items()}
+        self._between = pair.ops[1:-1]
+        ops = (lane.program.ops[index] for index in self._between)
+        self._written_over = any(pair.producer.y.storage in storages_written(op) for op in ops)
 
     def moved(self, change: Change, share: float) -> PairOutputs:
         """The same with other weights."""
@@ -53,89 +57,102 @@ class PairOutputs:
     def error(self) -> float:
         """Sum of the squared residuals."""
         return sum(
-            float((target - self._answer(n)).square().sum(dtype=torch.float64))
+            float((target - self._answer(n)[-1]).square().sum(dtype=torch.float64))
             for n, target in enumerate(self.targets)
         )
 
     def residuals(self) -> list[Tensor]:
-        """What is missing in each batch. From here on `vjp` can be asked."""
+        """What is missing in each batch. From here on derivatives can be asked for."""
         with torch.enable_grad():
-            self._leaves = [w.detach().requires_grad_() for w in (*self.weights, *self.intercepts)]
-            self._answers = [
-                self._run(n, self._leaves[:2], self._leaves[2:]) for n in range(len(self.targets))
-            ]
-        return [t - y.detach() for t, y in zip(self.targets, self._answers, strict=True)]
+            leaves = [t.detach().requires_grad_() for t in (*self.weights, self.intercepts[0])]
+            self.weights, self.intercepts = tuple(leaves[:2]), (leaves[2], self.intercepts[1])
+            self._leaves = leaves
+            self._passed = [self._answer(n) for n in range(len(self.targets))]
+        self.weights = tuple(w.detach() for w in self.weights)
+        self.intercepts = tuple(i.detach() for i in self.intercepts)
+        return [t - y[-1].detach() for t, y in zip(self.targets, self._passed, strict=True)]
 
     def jvp(self, number: int, change: Change) -> Tensor:
+        (ours, shift), (theirs, added) = (self._split(n, change[n]) for n in range(2))
+        y, between, _ = (t.detach() for t in self._passed[number])
+        moved = self._layer(0, number, {}, ours, shift)
+        answer = self._layer(1, number, {self.pair.consumer.x.id: between}, theirs, added)
         with forward_derivatives():
-            parts = [self._split(n, change[n]) for n in range(2)]
-            weights = [
-                forward_ad.make_dual(w, p[0]) for w, p in zip(self.weights, parts, strict=True)
-            ]
-            intercepts = [
-                forward_ad.make_dual(i, p[1]) for i, p in zip(self.intercepts, parts, strict=True)
-            ]
-            answer = forward_ad.unpack_dual(self._run(number, weights, intercepts))
-            if answer.tangent is None:
-                return torch.zeros_like(answer.primal)
-            return answer.tangent.clone()
+            dual = forward_ad.make_dual(y.clone() if self._written_over else y, moved)
+            tangent = forward_ad.unpack_dual(self._gone_on(number, dual)).tangent
+            if tangent is not None:
+                given = {self.pair.consumer.x.id: tangent}
+                answer += self._layer(1, number, given, self.weights[1], torch.zeros_like(added))
+        return answer
 
     def vjp(self, number: int, residual: Tensor) -> Change:
-        grads = torch.autograd.grad(
-            self._answers[number],
+        ours, theirs, shift = torch.autograd.grad(
+            self._passed[number][-1],
             self._leaves,
             residual,
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        return tuple(
-            torch.cat([grads[n].flatten(1), grads[2 + n][:, None] * self.free[n]], 1)
-            for n in range(2)
+        over = [d for d in range(residual.ndim) if d != residual.ndim + self._dim(1)]
+        added = residual.sum(over) * self.gain
+        return (
+            torch.cat([ours.flatten(1), shift[:, None] * self.free[0]], 1),
+            torch.cat([theirs.flatten(1), added[:, None] * self.free[1]], 1),
         )
 
     def sent_back(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs of both layers in one batch, and what reaches the producer's outputs from
         random residuals."""
-        y = self._made(number, self.weights, self.intercepts)
-        noise = torch.randn(self.targets[number].shape, generator=generator).to(y)
+        leaf = self._layer(0, number, {}, self.weights[0], self._added(0))
+        noise = torch.randn(self.targets[number].shape, generator=generator).to(leaf)
         with torch.enable_grad():
-            leaf = y.requires_grad_()
-            env = self._gone_on(number, leaf.clone(), self.weights)  # may be written in place
-            answer = env[self.pair.consumer.y.id] * self.gain
+            leaf.requires_grad_()
+            between = self._gone_on(number, leaf.clone())
+            given = {self.pair.consumer.x.id: between}
+            answer = self._layer(1, number, given, self.weights[1], self._added(1))
             (reached,) = torch.autograd.grad(answer, leaf, noise)
-        x = self.lane.envs[number][self.pair.producer.x.id]
-        return x, env[self.pair.consumer.x.id].detach(), reached
+        return self.lane.envs[number][self.pair.producer.x.id], between.detach(), reached
 
-    def _answer(self, number: int) -> Tensor:
-        return self._run(number, self.weights, self.intercepts)
+    def _answer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The producer's outputs, the consumer's inputs and its outputs."""
+        y = self._layer(0, number, {}, self.weights[0], self._added(0))
+        between = self._gone_on(number, y.clone() if self._written_over else y)
+        given = {self.pair.consumer.x.id: between}
+        return y, between, self._layer(1, number, given, self.weights[1], self._added(1))
 
-    def _run(self, number: int, weights: Sequence[Tensor], intercepts: Sequence[Tensor]) -> Tensor:
-        consumer = self.pair.consumer
-        env = self._gone_on(number, self._made(number, weights, intercepts), weights)
-        return (env[consumer.y.id] + along(consumer, intercepts[1])) * self.gain
+    def _added(self, n: int) -> Tensor:
+        bias = self.ends[n].bias
+        return self.intercepts[n] if bias is None else self.tensors[bias] + self.intercepts[n]
 
-    def _made(self, number: int, weights: Sequence[Tensor], intercepts: Sequence[Tensor]) -> Tensor:
-        """The producer's outputs."""
-        producer = self.pair.producer
-        given = self._weight(producer, weights[0])
-        y = self.lane.try_ops(number, self.pair.ops[:1], given)[producer.y.id]
-        return y + along(producer, intercepts[0])
-
-    def _gone_on(self, number: int, y: Tensor, weights: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The tensors from the producer's outputs through the consumer's."""
-        given = {self.pair.producer.y.id: y, **self._weight(self.pair.consumer, weights[1])}
-        return self.lane.try_ops(number, self.pair.ops[1:], given)
-
-    def _weight(self, layer: Layer, weight: Tensor) -> dict[int, Tensor]:
+    def _layer(
+        self, n: int, number: int, given: Mapping[int, Tensor], weight: Tensor, added: Tensor
+    ) -> Tensor:
+        """One layer alone with this weight and, if its intercept is free, this added to it."""
+        layer = self.ends[n]
+        if n == 1:
+            weight = weight * self.gain.reshape(-1, *[1] * (weight.ndim - 1))
+            added = added * self.gain
+        put = dict(given)
         if layer.transposed is not None:
-            return {layer.transposed.id: weight.T}
-        return {self._ids[layer.weight]: weight}
+            put[layer.transposed.id] = weight.T
+        else:
+            put[self._ids[layer.weight]] = weight
+        if layer.bias is not None:
+            put[self._ids[layer.bias]] = added
+        y = self.lane.try_ops(number, (layer.op,), put)[layer.y.id]
+        if layer.bias is None and self.free[n]:
+            y = y + added.reshape(-1, *[1] * layer.geometry.rank)
+        return y
+
+    def _gone_on(self, number: int, y: Tensor) -> Tensor:
+        """From the producer's outputs to the consumer's inputs."""
+        given = {self.pair.producer.y.id: y}
+        return self.lane.try_ops(number, self._between, given)[self.pair.consumer.x.id]
 
     def _split(self, n: int, change: Tensor) -> tuple[Tensor, Tensor]:
         return change[:, :-1].reshape(self.weights[n].shape), change[:, -1].contiguous()
 
-
-def along(layer: Layer, values: Tensor) -> Tensor:
-    """One value for each channel, shaped to meet the layer's outputs."""
-    return values.reshape(-1, *[1] * layer.geometry.rank)
+    def _dim(self, n: int) -> int:
+        """Where a layer's outputs have their channels, from the end."""
+        return -1 - self.ends[n].geometry.rank

@@ -23,7 +23,7 @@ from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
 from thinet.errors import CalibrationError
 from thinet.gauss_newton import Kronecker, step
-from thinet.joint import PairOutputs, along
+from thinet.joint import PairOutputs
 from thinet.plan import Plan
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
@@ -174,7 +174,9 @@ class _Pass:
         except (CalibrationError, NotImplementedError) as error:
             self.skipped[name] = f"it cannot be differentiated: {error}"
             return
-        for share in SHARES if change is not None else ():
+        for share in SHARES:
+            if change is None:
+                break
             trial = problem.moved(change, share)
             after = trial.error()
             if after < before:  # false where it is not finite
@@ -210,7 +212,7 @@ class _Pass:
             gain = gain * torch.rsqrt(tensors[layer.norm.var] + layer.norm.eps)
             if layer.norm.scale is not None:
                 gain = gain * tensors[layer.norm.scale]
-        gain = along(layer, gain)
+        factor = _along(layer, gain)
         outputs = self.kept.get((layer.weight, 0))
         pick = None if outputs is None else torch.tensor(outputs, device=gain.device)
         dim = -1 - layer.geometry.rank
@@ -218,7 +220,7 @@ class _Pass:
         if layer.norm is not None and theirs.norm is not None:
             was = self.reference.tensors[theirs.norm.mean]
             was = was if pick is None else was[pick]
-            moved = along(layer, tensors[layer.norm.mean] - was)
+            moved = _along(layer, tensors[layer.norm.mean] - was)
 
         def picked(y: Tensor) -> Tensor:
             return y if pick is None else y.index_select(dim, pick)
@@ -231,7 +233,7 @@ class _Pass:
         )
         targets: list[Tensor] = []
         for dense, env in zip(self.ahead.envs, self.lane.envs, strict=True):
-            target = (picked(dense[theirs.y.id]) + moved) * gain
+            target = (picked(dense[theirs.y.id]) + moved) * factor
             if made_up and layer.shortcut is not None and theirs.shortcut is not None:
                 target += picked(dense[theirs.shortcut.id]) - env[layer.shortcut.id]
             targets.append(target)
@@ -262,7 +264,7 @@ class _Pass:
         share = images / sum(images_in(batch) for batch in self.batches)
         mixed = problem.size // len(problem.weights[1])
         solves: list[_Solve] = []
-        gain = problem.gain.flatten().double()
+        gain = problem.gain.double()
         outputs = (passed / places, round(places / share)), (torch.diag(gain.square()), mixed)
         for n, (second, positions) in enumerate(outputs):
             moments = inputs[n] / rows[n]
@@ -296,3 +298,8 @@ class _Pass:
                 for env in self.lane.envs:
                     if layer.transposed.id in env:
                         env[layer.transposed.id] = weight.T
+
+
+def _along(layer: Layer, values: Tensor) -> Tensor:
+    """One value for each channel, shaped to meet the layer's outputs."""
+    return values.reshape(-1, *[1] * layer.geometry.rank)
