@@ -65,6 +65,7 @@ def torchvision_case(name: str) -> Case:
         transform: Any = model.transform
         if not name.startswith("ssd"):  # theirs is fixed; the others take pictures as they come
             transform.min_size, transform.max_size = (SIDE,), SIDE
+        few_boxes(model)
         return Case(model, ([image(3, SIDE, SIDE)],), "detection", as_made=True)
     if name in models.list_models(module=models.optical_flow):
         model = models.get_model(name, **options)
@@ -78,6 +79,17 @@ def torchvision_case(name: str) -> Case:
 
 SIDE = 192
 """Of the pictures for detectors, in pixels."""
+
+
+def few_boxes(model: Any) -> None:
+    """Untrained detectors are sure of nothing: take boxes of any score, and not too many."""
+    heads = [m for m in (model, getattr(model, "roi_heads", None)) if hasattr(m, "score_thresh")]
+    for head in heads:
+        head.score_thresh, head.detections_per_img = 0.0, 20
+    if hasattr(model, "topk_candidates"):
+        model.topk_candidates = 20
+    if hasattr(model, "rpn"):
+        model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": 60, "testing": 60}
 
 
 def define_operators() -> None:

@@ -45,16 +45,16 @@ USUAL: tuple[type[Net], ...] = (
 )
 
 
-def halved(model: nn.Module, inputs: Any) -> nn.Module:
+def halved(model: nn.Module, inputs: Any) -> Any:
     """A cut of every group that can be cut, to half."""
     free = [g for g in thinet.find_groups(model, inputs) if g.locked is None and g.channels > 1]
     assert free
     return thinet.cut(model, inputs, {g.name: range(0, g.channels, 2) for g in free})
 
 
-def made(cls: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
-    model = randomise(cls()).eval()
-    inputs = model.example()  # type: ignore[operator]
+def made(cls: Callable[[], nn.Module]) -> tuple[Any, Any]:
+    model: Any = randomise(cls()).eval()
+    inputs = model.example()
     return halved(model, inputs), inputs
 
 
@@ -131,7 +131,7 @@ def test_it_is_wrapped_for_several_processes(cls: type[Net], one_process: None) 
     "cls", [DepthwiseNet, MultiheadAttentionNet, LSTMNet, GRUNet], ids=lambda c: c.__name__
 )
 def test_every_dtype_goes_all_the_way(cls: type[Net], dtype: torch.dtype) -> None:
-    model = randomise(cls()).eval().to(dtype)
+    model: Any = randomise(cls()).eval().to(dtype)
     inputs = model.example().to(dtype)
     groups = thinet.find_groups(model, inputs)
     wide = [(g.name, g.channels, g.locked) for g in groups]
@@ -140,7 +140,9 @@ def test_every_dtype_goes_all_the_way(cls: type[Net], dtype: torch.dtype) -> Non
     assert wide == [(g.name, g.channels, g.locked) for g in again]
     free = [g for g in groups if g.locked is None and g.channels > 1]
     model = model.to(dtype)
-    small = thinet.cut(model, inputs, {g.name: range(1, g.channels) for g in free}, verify=False)
+    small: Any = thinet.cut(
+        model, inputs, {g.name: range(1, g.channels) for g in free}, verify=False
+    )
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert small(inputs).dtype == dtype
     assert bool(small(inputs).isfinite().all())
@@ -153,9 +155,9 @@ def test_a_channels_last_network_stays_one(rank: int) -> None:
         3: (nn.Conv3d, nn.BatchNorm3d, torch.channels_last_3d),
     }[rank]
     model = nn.Sequential(conv(3, 6, 3, padding=1), norm(6), nn.ReLU(), conv(6, 4, 3, padding=1))
-    model = randomise(model).eval().to(memory_format=layout)
+    model: Any = randomise(model).eval().to(memory_format=layout)
     x = torch.randn(2, 3, *[5] * rank).to(memory_format=layout)
-    small = thinet.cut(model, x, {"0": [0, 2, 4]})
+    small: Any = thinet.cut(model, x, {"0": [0, 2, 4]})
     assert all(small[i].weight.is_contiguous(memory_format=layout) for i in (0, 3))
     assert small(x).is_contiguous(memory_format=layout)
 
@@ -235,7 +237,7 @@ MODULES: dict[type[Net], dict[str, int]] = {
 
 @pytest.mark.parametrize("cls", MODULES, ids=lambda c: c.__name__)
 def test_their_groups_are_exact(cls: type[Net]) -> None:
-    model = randomise(cls()).double().eval()
+    model: Any = randomise(cls()).double().eval()
     if cls is FrozenBatchNormNet:
         for buffer in model.norm.buffers():
             buffer.copy_(0.5 + torch.rand(6, generator=torch.Generator().manual_seed(1)))
@@ -245,7 +247,7 @@ def test_their_groups_are_exact(cls: type[Net]) -> None:
     assert free == MODULES[cls]
     for name in free:
         if cls is SyncNet:  # it trains on a GPU only
-            small = thinet.cut(model, inputs, {name: [0, 3]}, verify=True)
+            small: Any = thinet.cut(model, inputs, {name: [0, 3]}, verify=True)
             assert type(small.norm) is nn.SyncBatchNorm
             assert small.norm.num_features == (2 if name == "conv1" else 6)
         else:
@@ -254,7 +256,7 @@ def test_their_groups_are_exact(cls: type[Net]) -> None:
 
 def test_a_users_class_keeps_its_type_attributes_and_class() -> None:
     model = OwnClassNet().eval()
-    small = thinet.cut(model, model.example(), {"conv1": [0, 1]})
+    small: Any = thinet.cut(model, model.example(), {"conv1": [0, 1]})
     assert type(small.conv1) is MyConv
     assert (MyConv.kind, MyConv.widths) == ("mine", (6, 6))
     assert small.conv1.width == small.conv1.out_channels == 2
@@ -265,7 +267,7 @@ def test_a_users_class_keeps_its_type_attributes_and_class() -> None:
 
 
 def test_a_synchronised_norm_is_made_from_a_cut_one() -> None:
-    model = randomise(BatchNormVGG()).eval()
+    model: Any = randomise(BatchNormVGG()).eval()
     x = model.example()
     small = halved(model, x)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(small))
@@ -320,7 +322,7 @@ def test_computed_weights_are_exact_or_refused(name: str) -> None:
 
 
 def test_parametrizations_go_on_in_the_cut_model() -> None:
-    model = randomise(WeightNormNet()).eval()
+    model: Any = randomise(WeightNormNet()).eval()
     small = halved(model, model.example())
     assert parametrize.is_parametrized(small.conv1)
     parametrize.remove_parametrizations(small.conv1, "weight")
@@ -331,14 +333,14 @@ def test_parametrizations_go_on_in_the_cut_model() -> None:
 
 
 def test_hooks_of_every_kind_go_along_and_stay_apart() -> None:
-    model = randomise(TwoConvNet()).eval()
+    model: Any = randomise(TwoConvNet()).eval()
     x, log = model.example(), Log()
     layer = model.conv2
     layer.register_forward_pre_hook(log.before, with_kwargs=True)
     layer.register_forward_hook(log.after)
     layer.register_full_backward_hook(log.backward)
     model.register_load_state_dict_post_hook(log.loaded)
-    small = thinet.cut(model, x, {"conv1": [0, 2, 4]}, verify=False)
+    small: Any = thinet.cut(model, x, {"conv1": [0, 2, 4]}, verify=False)
     assert log.said == []
     width = small.conv2.in_channels
     assert width < layer.in_channels

@@ -68,7 +68,7 @@ def sampled(x: Tensor) -> Tensor:
 
 def unpooled(x: Tensor) -> Tensor:
     pooled, where = F.max_pool2d(x, 2, return_indices=True)
-    return F.max_unpool2d(pooled, where, 2)
+    return F.max_unpool2d(pooled, where, [2, 2])
 
 
 def written(x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def test_every_channel_with_every_other() -> None:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: Any, **options: Any) -> None:
         super().__init__()
         self.embed, self.rnn = nn.Linear(3, 6), kind(6, 5, batch_first=True, **options)
         self.head = nn.Linear(10 if options.get("bidirectional") else 5, 4)

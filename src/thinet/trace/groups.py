@@ -173,6 +173,7 @@ def build(
         np.add.at(touch, pairs // np.int64(len(slots) + 1), marks)
     first_seen = np.full(classes.count, np.iinfo(np.int64).max)
     order = {number: place for place, number in enumerate(producing)}
+    mixed = {number: place for place, number in enumerate(consuming)}
     rank = np.array([order.get(number, len(order)) for number in range(len(slots))] or [0])
     # A unit stands where its first producer's filter stands.
     position = rank[owner[: len(every)]] * np.int64(1 << 40) + every
@@ -198,16 +199,15 @@ def build(
     group_roots: dict[str, Vector] = {}
     for number, ((_, lock, norm), members) in enumerate(bundles.items()):
         found = by_group[number]
-        producers = _unique(
-            layer_name(slots[s].parameter) for s in producing if s in {k for k, _ in found}
-        )
+        held = {slot for slot, _ in found}
+        producers = _layers(slots, held, order)
         name = producers[0]
         names[name] = names.get(name, 0) + 1
         if names[name] > 1:
             name = f"{name}:{names[name]}"
         if lock is None and norm is not None and not normalised:
             lock = f"{norm}; ask for normalised groups to cut it all the same"
-        consumers = _unique(layer_name(slots[s].parameter) for s in consuming if s in dict(found))
+        consumers = _layers(slots, held, mixed)
         mixers = _unique(site.module for site in sites.get(number, ()) if site.parameter is None)
         groups.append(
             ChannelGroup(
@@ -248,6 +248,17 @@ def _roles(mixings: Sequence[Mixing], owner: Vector) -> tuple[list[int], list[in
     return list(producing), list(consuming)
 
 
+def _layers(slots: Sequence[Slot], held: set[int], order: Mapping[int, int]) -> tuple[str, ...]:
+    """The layers of those slots that have a place in the order, as they run."""
+    placed = sorted(held & order.keys(), key=order.__getitem__)
+    return _unique(layer_name(slots[slot].parameter) for slot in placed)
+
+
+def _present(numbers: Vector) -> list[int]:
+    """Which numbers from zero are there, in order."""
+    return np.flatnonzero(np.bincount(numbers[numbers >= 0])).tolist()
+
+
 def _first_reason(classes: Classes, marked: Sequence[tuple[Vector, str]]) -> Vector:
     """For each root, the index of the first mark on its class, -1 where there is none."""
     first = np.full(classes.count, -1, dtype=np.int64)
@@ -279,7 +290,7 @@ def _members(
         roots = classes.find(slot.labels)
         touched = group_of[roots]
         role: Role = "consumes" if number in mixed else "produces" if number in made else "follows"
-        for group in np.unique(touched[touched >= 0]).tolist():
+        for group in _present(touched):
             units = np.where(touched == group, unit_of[roots], -1)
             member = Member(slot.parameter, slot.dim, role, tuple(units.tolist()))
             found.setdefault(group, []).append((number, member))
@@ -300,7 +311,7 @@ def _sites(labeller: Labeller, group_of: Vector, unit_of: Vector) -> dict[int, l
             place = int(np.searchsorted(starts, mixing.weight[0], side="right")) - 1
             parameter = names[int(starts[place])] if place >= 0 else None
         touched = group_of[roots]
-        for group in np.unique(touched[touched >= 0]).tolist():
+        for group in _present(touched):
             units = np.where(touched == group, unit_of[roots], -1)
             found.setdefault(group, []).append(
                 Site(mixing.op.index, mixing.op.module, parameter, tuple(units.tolist()))

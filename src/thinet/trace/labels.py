@@ -74,12 +74,14 @@ class Classes:
     def find(self, labels: Vector) -> Vector:
         """The root of each label."""
         roots = self._parent[labels]
+        moved = False
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if np.array_equal(above, roots):
                 break
-            roots = above
-        self._parent[labels] = roots
+            roots, moved = above, True
+        if moved:
+            self._parent[labels] = roots
         return roots
 
     def unify(self, a: Vector, b: Vector) -> None:

@@ -34,10 +34,12 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
     classes = analysis.labeller.classes
     shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model)}
     kept: list[Slice] = []
+    going = gone[classes.find(np.arange(analysis.labeller.stored, dtype=np.int64))]
+    before = np.concatenate([[0], np.cumsum(going)])
     for slot in analysis.slots:
-        stays = ~gone[classes.find(slot.labels)]
-        if not stays.all():
-            indices = tuple(np.flatnonzero(stays).tolist())
+        end = slot.start + slot.size
+        if before[end] > before[slot.start]:
+            indices = tuple(np.flatnonzero(~going[slot.start : end]).tolist())
             kept.append(Slice(slot.parameter, slot.dim, indices))
             shapes[slot.parameter][slot.dim] = len(indices)
     cut = {piece.parameter for piece in kept}

@@ -158,14 +158,14 @@ class _Comparison:
         self.walk = Labeller(program, self.classes, RULES, seeds=seeds, original=original)
         self.walk.begin()
 
-    def step(self, new: Op) -> None:
+    def step(self, op: Op) -> None:
         """Compare the next operation.
 
         Raises:
             EnoughError: it does not follow, or all that was asked for does.
         """
         try:
-            self._step(new)
+            self._step(op)
         except Exception as error:  # the model's own code shall not catch it
             self.enough, self.broken = True, error
             raise EnoughError from error
