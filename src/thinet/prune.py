@@ -154,10 +154,12 @@ def prune(
         }  # fmt: skip
         between = Budget(**{budget.kind: budget.fraction ** (1 - 1 / rounds)})
         with suppress(BudgetError):  # coarse widths may only meet the budget at once
+            sparser: dict[str, Any] = {
+                "repair_settings": replace(settings, every=2 * settings.every)
+            }
             first = prune(
                 model, example_inputs, pairs,
-                budget=between, rounds=rounds - 1, analysis=analysis,
-                **again | {"repair_settings": replace(settings, every=2 * settings.every)},
+                budget=between, rounds=rounds - 1, analysis=analysis, **again | sparser,
             )  # fmt: skip
             rest = Budget(**{budget.kind: min(budget.fraction / first.report.reached, 1.0)})
             last = prune(first.model, example_inputs, pairs, budget=rest, rounds=1, **again)

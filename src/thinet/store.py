@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -93,7 +93,7 @@ class Store:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         try:
             self._file.seek(place)
-            left = memoryview(flat.numpy())
+            left = _bytes(flat)
             while len(left):
                 left = left[self._file.write(left) :]
         except OSError as error:
@@ -108,7 +108,7 @@ class Store:
 
     def _read(self, place: int, into: Tensor) -> None:
         self._file.seek(place)
-        left = memoryview(into.view(-1).view(torch.uint8).numpy())
+        left = _bytes(into.view(-1).view(torch.uint8))
         while len(left):
             count = self._file.readinto(left)
             if not count:
@@ -117,6 +117,10 @@ class Store:
 
     def _forget(self, place: int, size: int) -> None:
         self._free.setdefault(size, []).append(place)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(cast("Any", tensor.numpy()))
 
 
 class Kept:

@@ -308,6 +308,7 @@ def collect(
     }
     solved = {op: count for op, count in columns.items() if count <= WIDEST}
     passes = [[op for op in solved if op in consumers] if sampling == "exact" else []]
+    systems = 0
     if store is not None:
         systems = SYSTEMS * ENTRY * max((n**2 for n in solved.values()), default=0)
         store.set_aside(*_work(execution, batches, found.layers, columns, systems))
@@ -336,8 +337,9 @@ def collect(
                 if progress is not None:
                     done = turn * len(batches) + number + 1
                     progress("measuring the dense network", done, len(passes) * len(batches))
-        for op in measured if store is not None else ():
-            found.moments[op].rest(store)
+        if store is not None:
+            for op in measured:
+                found.moments[op].rest(store)
     return found
 
 

@@ -187,10 +187,15 @@ def row_blocks(
             start = rows.stop
         return
     linear = output_rows(x, geometry, positions) if geometry.rank == 0 else None
-    total = len(linear) if linear is not None else len(positions)
-    for start in range(0, total, most):
-        rows = slice(start, min(start + most, total))
-        yield rows, linear[rows] if linear is not None else patches(x, geometry, positions[rows])
+    if linear is not None:
+        for start in range(0, len(linear), most):
+            rows = slice(start, min(start + most, len(linear)))
+            yield rows, linear[rows]
+        return
+    assert positions is not None  # a convolution's rows are given, or all are taken above
+    for start in range(0, len(positions), most):
+        rows = slice(start, min(start + most, len(positions)))
+        yield rows, patches(x, geometry, positions[rows])
 
 
 def _windows(x: Tensor, geometry: Geometry, out: tuple[int, ...], positions: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def coupling(model: nn.Module, analysis: Analysis, counts: Counts) -> Coupling:
     owned: dict[str, list[str]] = {}
     for name in tensors:
         owned.setdefault(layer_name(name), []).append(name)
-    names = dict.fromkeys(owned)
+    names: dict[str, None] = dict.fromkeys(owned)
     for group in analysis.groups:
         names.update(dict.fromkeys((*group.producers, *group.consumers)))
     names.update(dict.fromkeys(path for path, count in counts.by_module.items() if count.macs))
@@ -110,7 +110,7 @@ def folded(whole: Coupling) -> Coupling:
     for name, first, end in whole.stages:
         inside = whole.layers[first:end]
         macs, params = sum(x.macs for x in inside), sum(x.params for x in inside)
-        many = f"{len(inside)} layers" if len(inside) > 1 else inside[0].kind
+        many = inside[0].kind if end == first + 1 else f"{len(inside)} layers"
         layers.append(Layer(name, many, "", macs, params))
     rails: list[Rail] = []
     for rail in whole.rails:
