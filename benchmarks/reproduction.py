@@ -133,14 +133,15 @@ class Run:
         args, classes = self.args, len(self.train.classes)
         torch.manual_seed(args.seed)
         if args.model == "vgg16":
-            return Vgg16(args.width, args.size, classes, args.batch_norm)
+            model: nn.Module = Vgg16(args.width, args.size, classes, args.batch_norm)
+            return model.to(memory_format=torch.channels_last)
         models = torchvision().models
         model = models.resnet.ResNet(
             models.resnet.Bottleneck, [3, 4, 6, 3], classes, width_per_group=round(64 * args.width)
         )
         if args.stride == "first":
             stride_first(model)
-        return model
+        return model.to(memory_format=torch.channels_last)
 
     def trained(self, model: nn.Module, epochs: int, name: str) -> nn.Module:
         """From random weights, one-cycle, with a state of its own."""
