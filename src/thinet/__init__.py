@@ -43,6 +43,7 @@ from thinet.iterate import iterate as iterate
 from thinet.plan import Plan as Plan
 from thinet.prune import prune as prune
 from thinet.recipes.apply import prune_by_recipe as prune_by_recipe
+from thinet.repair import RepairSettings as RepairSettings
 from thinet.thin import read_channels as read_channels
 from thinet.thin import thin as thin
 from thinet.timing import Latency as Latency

@@ -106,7 +106,7 @@ def step(
             ahead = _add(ahead, slope / before, direction)
         direction, before = ahead, slope
         moved = [problem.jvp(n, direction) for n in range(len(residuals))]
-        energy = sum(float(m.square().sum(dtype=torch.float64)) for m in moved)
+        energy = sum(squared(m) for m in moved)
         if not energy > 0:
             break
         length = slope / energy
@@ -121,6 +121,11 @@ def step(
             residual.sub_(m, alpha=length)
         gradient = _summed(problem.vjp(n, r) for n, r in enumerate(residuals))
     return change
+
+
+def squared(x: Tensor) -> float:
+    """The sum of squares; torch adds in pairs, so that its own type is exact enough."""
+    return float(x.square().sum())
 
 
 def _summed(changes: Iterable[Change]) -> Change:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from thinet.calibrate.pairs import Pair
-from thinet.gauss_newton import Change
+from thinet.gauss_newton import Change, squared
 from thinet.observe import forward_derivatives
 from thinet.trace.interpret import Lane, storages_written
 
@@ -57,7 +57,7 @@ class PairOutputs:
     def error(self) -> float:
         """Sum of the squared residuals."""
         return sum(
-            float((target - self._answer(n)[-1]).square().sum(dtype=torch.float64))
+            squared(target - self._answer(n)[-1])
             for n, target in enumerate(self.targets)
         )
 
@@ -133,6 +133,11 @@ class PairOutputs:
         if n == 1:
             weight = weight * self.gain.reshape(-1, *[1] * (weight.ndim - 1))
             added = added * self.gain
+        op = self.lane.program.ops[layer.op]
+        if op.name == "aten.convolution":  # which adds the intercept on its way
+            x = given[layer.x.id] if layer.x.id in given else self.lane.envs[number][layer.x.id]
+            adds = self.free[n] or layer.bias is not None
+            return op.func(x, weight, added if adds else None, *op.args[3:])
         put = dict(given)
         if layer.transposed is not None:
             put[layer.transposed.id] = weight.T

@@ -22,7 +22,7 @@ from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
 from thinet.errors import CalibrationError
-from thinet.gauss_newton import Kronecker, step
+from thinet.gauss_newton import Kronecker, squared, step
 from thinet.joint import PairOutputs
 from thinet.plan import Plan
 from thinet.store import Store
@@ -165,7 +165,7 @@ class _Pass:
         problem = PairOutputs(self.lane, self.execution.tensors, pair, targets, gain)
         try:
             residuals = problem.residuals()
-            before = sum(float(r.square().sum(dtype=torch.float64)) for r in residuals)
+            before = sum(squared(r) for r in residuals)
             if before == 0:
                 self.skipped[name] = "it answers as the dense network does"
                 return

@@ -303,18 +303,16 @@ def _channels_last(program: Program) -> bool:
     """Whether images had better have their channels together: convolutions on a CPU are faster
     then, and a position's channels are read at once.
 
-    Not where a view is written into: with other strides it may be a copy.
+    Not where memory is written into of which there is a view: with other strides that may be a
+    copy.
     """
-    views = {
-        value.storage
-        for op in program.ops
-        for value in op.outputs()
-        if value.storage in {v.storage for v in op.inputs()} - storages_written(op)
-    }
-    return (
-        any(op.name == "aten.convolution" for op in program.ops)
-        and not any("as_strided" in op.name for op in program.ops)
-        and views.isdisjoint({s for op in program.ops for s in storages_written(op)})
+    viewed: set[int] = set()
+    for op in program.ops:
+        if not viewed.isdisjoint(written := storages_written(op)):
+            return False
+        viewed |= {v.storage for v in op.outputs()} & {v.storage for v in op.inputs()} - written
+    return any(op.name == "aten.convolution" for op in program.ops) and not any(
+        "as_strided" in op.name for op in program.ops
     )
 
 
