@@ -13,6 +13,7 @@ from tests.nets import PlainVGG
 from tests.oracle import randomise
 from thinet.errors import OptionError, UnknownGroupError
 from thinet.outcome import PruneResult
+from thinet.refine import refine
 from thinet.repair import RepairSettings
 
 
@@ -21,26 +22,31 @@ def vgg() -> PlainVGG:
     return randomise(PlainVGG()).eval()
 
 
-def pruned(model: torch.nn.Module, macs: float, rounds: int | None, every: int = 1) -> PruneResult:
-    torch.manual_seed(4)
-    batches: list[Tensor] = [torch.randn(6, *PlainVGG.shape[1:]) for _ in range(2)]
-    budget = thinet.Budget(macs=macs)
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(6, *PlainVGG.shape[1:], generator=generator) for _ in range(2)]
+
+
+def pruned(model: torch.nn.Module, macs: float, rounds: int | None, **settings: int) -> PruneResult:
     return thinet.prune(
         model,
-        batches[0][:1],
-        batches,
-        budget=budget,
+        images()[0][:1],
+        images(),
+        budget=thinet.Budget(macs=macs),
         rounds=rounds,
         divisor=1,
-        repair_settings=RepairSettings(every=every),
+        repair_settings=RepairSettings(**settings),
     )
 
 
 def test_two_rounds_are_one_after_the_other() -> None:
     model = vgg()
     both = pruned(model, 0.3, 2)
-    first = pruned(model, 0.3**0.5, 1, every=2)  # a start need not be exact
-    last = pruned(first.model, 0.3 / first.report.reached, 1)
+    first = pruned(model, 0.3**0.5, 1, every=2, refine=3)  # a start need not be exact
+    last = pruned(first.model, 0.3 / first.report.reached, 1, refine=0)
+    # The joint refit looks at the dense network, not at what the first round left.
+    refined = refine(last.model, model, first.plan.then(last.plan), images())
+    assert both.report.refined == refined.errors
     for (name, ours), (_, theirs) in zip(
         both.model.state_dict().items(), last.model.state_dict().items(), strict=True
     ):

@@ -56,10 +56,7 @@ class PairOutputs:
 
     def error(self) -> float:
         """Sum of the squared residuals."""
-        return sum(
-            squared(target - self._answer(n)[-1])
-            for n, target in enumerate(self.targets)
-        )
+        return sum(squared(target - self._answer(n)[-1]) for n, target in enumerate(self.targets))
 
     def residuals(self) -> list[Tensor]:
         """What is missing in each batch. From here on derivatives can be asked for."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from thinet.criteria.base import Order
 from thinet.plan import Plan
+from thinet.refine import Refined
 from thinet.types import ChannelGroup
 
 
@@ -101,6 +102,19 @@ def joined(first: PruneResult, last: PruneResult, target: float) -> PruneResult:
     return PruneResult(last.model, replace(plan, settings=settings), report)
 
 
+def refitted(result: PruneResult, refined: Refined, seconds: float) -> PruneResult:
+    """After a joint refit of the result's model that took so many seconds."""
+    report = result.report
+    spent = {**report.seconds, "refining": report.seconds.get("refining", 0.0) + seconds}
+    return replace(result, report=replace(report, refined=refined.errors, seconds=spent))
+
+
+def with_notes(result: PruneResult, notes: Sequence[str]) -> PruneResult:
+    """With more notes, each once."""
+    every = tuple(dict.fromkeys((*result.report.notes, *notes)))
+    return replace(result, report=replace(result.report, notes=every))
+
+
 def group_report(
     group: ChannelGroup,
     chosen: Sequence[ChannelGroup],
@@ -137,7 +151,9 @@ class Clock:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str) -> float:
+        """Seconds since the last one, kept under this name."""
         now = time.perf_counter()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
+        return self.laps[name]

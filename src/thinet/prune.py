@@ -23,7 +23,16 @@ from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
 from thinet.dynamic import allocate_dynamic
 from thinet.errors import BudgetError, CalibrationError, OptionError, UnknownGroupError
-from thinet.outcome import Clock, PruneReport, PruneResult, group_report, joined, share
+from thinet.outcome import (
+    Clock,
+    PruneReport,
+    PruneResult,
+    group_report,
+    joined,
+    refitted,
+    share,
+    with_notes,
+)
 from thinet.plan import Plan
 from thinet.refine import AFFORDED, ITERATIONS, Refined, refine
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
@@ -147,23 +156,34 @@ def prune(
     if by_error and rounds and rounds > 1:
         again: dict[str, Any] = {
             "criterion": criterion, "repair": repair, "only": only, "skip": skip,
-            "recalibrate": recalibrate, "divisor": divisor, "least": least, "rows": rows,
-            "widths": widths, "fixed": set_widths,
-            "repair_settings": repair_settings, "memory": memory, "normalised": normalised,
+            "divisor": divisor, "least": least, "rows": rows, "widths": widths,
+            "fixed": set_widths, "memory": memory, "normalised": normalised,
             "choices": choices, "verify": verify, "seed": seed, "progress": progress,
         }  # fmt: skip
         between = Budget(**{budget.kind: budget.fraction ** (1 - 1 / rounds)})
+        # What an early round leaves is refitted again: fewer images and iterations do for it.
+        roughly = replace(settings, refine=-(-iterations * 3 // 5), every=2 * settings.every)
         with suppress(BudgetError):  # coarse widths may only meet the budget at once
-            sparser: dict[str, Any] = {
-                "repair_settings": replace(settings, every=2 * settings.every)
-            }
             first = prune(
-                model, example_inputs, pairs,
-                budget=between, rounds=rounds - 1, analysis=analysis, **again | sparser,
+                model, example_inputs, pairs, budget=between, rounds=rounds - 1,
+                repair_settings=roughly, analysis=analysis, **again,
             )  # fmt: skip
             rest = Budget(**{budget.kind: min(budget.fraction / first.report.reached, 1.0)})
-            last = prune(first.model, example_inputs, pairs, budget=rest, rounds=1, **again)
-            return joined(first, last, budget.fraction)
+            last = prune(
+                first.model, example_inputs, pairs, budget=rest, rounds=1,
+                repair_settings=replace(settings, refine=0), **again,
+            )  # fmt: skip
+            result = joined(first, last, budget.fraction)
+            clock.lap("rounds")
+            if iterations:  # towards the dense network, not towards what the first round left
+                refined = refine(
+                    result.model, model, result.plan, batches[:: settings.every],
+                    iterations=iterations, seed=seed, store=store, progress=progress,
+                )  # fmt: skip
+                result = refitted(result, refined, clock.lap("refining"))
+            if recalibrate:
+                result = replace(result, model=recalibrate_bn(result.model, batches))
+            return with_notes(result, dear)
     clock.lap("groups")
     needs = chosen.needs | ({"hessians"} if by_error else set())
     cut_groups = [g for g in groups if by_error or kept[g.name] < g.channels]
