@@ -178,6 +178,19 @@ def test_prune_writes_a_model_that_loads(thin: Run, work: Path, tmp_path: Path) 
         assert file.get_tensor("4.weight").shape == (4, 4, 3, 3)
 
 
+def test_the_width_of_a_group_can_be_said(thin: Run, tmp_path: Path) -> None:
+    budget = (*PRUNE, "--macs", "0.6", "--divisor", "1", "--memory", "1", "--out")
+    code, text, _ = thin(*budget, str(tmp_path / "a.safetensors"), "--width", "0=5", "--json")
+    assert code == 0
+    kept = {g.name: g.kept for g in from_dict(json.loads(text)).groups}
+    assert kept["0"] == 5
+    assert kept["4"] < 8
+    for wrong, says in (("0", "--width takes GROUP=N"), ("0=x", "--width takes"), ("7=1", "'7'")):
+        code, _, said = thin(*budget, str(tmp_path / "b.safetensors"), "--width", wrong)
+        assert code == 2
+        assert says in said
+
+
 def test_the_same_seed_gives_the_same_file(thin: Run, tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in files:

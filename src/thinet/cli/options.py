@@ -125,6 +125,26 @@ def choices(given: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
+def fixed(given: Sequence[str] | None) -> dict[str, int | float]:
+    """Widths of single groups, as `thinet.prune` takes them.
+
+    Raises:
+        OptionError: not of the form GROUP=N.
+    """
+    found: dict[str, int | float] = {}
+    for text in given or ():
+        name, _, number = text.rpartition("=")
+        try:
+            found[name] = float(number) if "." in number else int(number)
+        except ValueError:
+            found.pop(name, None)
+        if not name or name not in found:
+            raise OptionError(
+                f"--width takes GROUP=N such as layer1.0.conv1=24 or =0.5, got {text!r}"
+            )
+    return found
+
+
 def strategy(
     recipe: str | None,
     macs: float | None,

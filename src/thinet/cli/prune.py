@@ -75,7 +75,10 @@ def prune(
     ] = "exact",
     widths: Annotated[
         Widths | None,
-        typer.Option(help="Share --macs or --params out by error (default) or uniformly."),
+        typer.Option(
+            help="Share --macs or --params out by error (default), by dynamic programming over the "
+            "same errors, or uniformly."
+        ),
     ] = None,
     divisor: Annotated[
         int | None,
@@ -87,6 +90,21 @@ def prune(
             min=1,
             help="Reach --macs or --params in so many steps, each chosen on what the one before "
             "left. Default: two below 0.4 where --refine is on, else one.",
+        ),
+    ] = None,
+    width: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP=N",
+            help="What stays of one group, as a number of channels or a fraction; --macs or "
+            "--params shares out the others around it. Repeatable.",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB to work with above the model's; more waits in a temporary file. Default: 2, "
+            "or as much more as the work cannot do without."
         ),
     ] = None,
     choice: options.Choice = None,
@@ -128,6 +146,7 @@ def prune(
 
     asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
     asked |= options.shared_out(asked, widths=widths, divisor=divisor, rounds=rounds)
+    asked |= options.shared_out(asked, width=width) and {"fixed": options.fixed(width)}
     asked |= options.freed(asked, choice=choice, normalised=normalised)
     if refine is not None:
         asked["repair_settings"] = RepairSettings(refine=refine)
@@ -146,7 +165,7 @@ def prune(
         )  # fmt: skip
         result = (cut_and_repair if recipe is None else prune_by_recipe)(
             named.model, inputs, batches, **asked, criterion=criterion, repair=repair,
-            recalibrate=recalibrate, sampling=sampling, seed=seed, progress=told,
+            recalibrate=recalibrate, sampling=sampling, memory=memory, seed=seed, progress=told,
         )  # fmt: skip
         if held is not None:
             before = evaluate(named.model, held, device=device, progress=told).top1

@@ -43,6 +43,7 @@ def prune_by_recipe(
     repair_settings: RepairSettings | None = None,
     recalibrate: bool = False,
     sampling: Sampling = "exact",
+    memory: float | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -69,7 +70,7 @@ def prune_by_recipe(
     result = prune(
         start, example_inputs, batches, budget=Budget(keep=worked_out.keep), criterion=criterion,
         repair=repair, repair_settings=repair_settings, recalibrate=recalibrate,
-        sampling=sampling, verify=verify, seed=seed, progress=progress,
+        sampling=sampling, memory=memory, verify=verify, seed=seed, progress=progress,
     )  # fmt: skip
     before = count(model, example_inputs)
     plan = Plan(replaced=worked_out.replaced).then(result.plan)
