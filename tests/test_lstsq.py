@@ -146,3 +146,26 @@ def test_jitter_only_where_needed():
     _, some = cholesky(torch.ones(3, 3, dtype=torch.float64), "x")
     assert none == 0.0
     assert 0 < some <= 1e-8
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_dropout_is_the_least_squares_over_all_that_may_be_dropped(p):
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(40, 3, dtype=torch.float64, generator=generator) + 1
+    target = torch.randn(40, 2, dtype=torch.float64, generator=generator)
+    prior = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    n = len(phi)
+    weight, bias = solve_full(
+        phi.T @ phi / n, phi.mean(0), phi.T @ target / n, target.mean(0), prior,
+        ridge=0, dropout=p,
+    )  # fmt: skip
+    # The change from the prior sees each of the 8 masks as often as it comes.
+    rows, answers = [], []
+    for mask in torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3):
+        often = torch.prod(torch.where(mask > 0, 1 - p, p)).sqrt()
+        noisy = torch.cat([phi * mask / (1 - p), torch.ones(n, 1, dtype=torch.float64)], 1)
+        rows.append(often * noisy)
+        answers.append(often * (target - phi @ prior.T))
+    change = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
+    torch.testing.assert_close(weight, prior + change[:3].T)
+    torch.testing.assert_close(bias, change[3])

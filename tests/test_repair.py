@@ -16,11 +16,13 @@ import thinet
 from tests.oracle import randomise
 from thinet import repair as module
 from thinet.calibrate.collect import Rows, collect
+from thinet.calibrate.layers import dropouts, find_layers
 from thinet.cut import apply_to_copy
 from thinet.errors import OptionError, RepairError
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale
 from thinet.store import Store
 from thinet.trace.analyse import analyse
+from thinet.trace.interpret import Execution
 from thinet.trace.planning import make_plan
 
 EXACT = RepairSettings(ridge=0.0)
@@ -649,3 +651,41 @@ def test_a_system_that_cannot_be_solved_changes_nothing(monkeypatch: pytest.Monk
 def test_settings_are_checked(options: dict[str, Any], text: str) -> None:
     with pytest.raises(OptionError, match=text):
         RepairSettings(**options)
+
+
+class Dropping(nn.Module):
+    """Two layers behind dropouts, one of them behind a flatten too, and one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3)
+        self.drop = nn.Dropout2d(0.25)
+        self.wide = nn.Linear(8 * 4 * 4, 12)
+        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.wide(self.drop(torch.relu(self.conv(x))).flatten(1)))
+
+
+def test_layers_behind_dropout_are_known() -> None:
+    model = Dropping().eval()
+    program = Execution(model).program(torch.randn(2, 2, 6, 6))
+    dropped = dropouts(model, program)
+    found = {x.weight: dropped.get(x.x.storage) for x in find_layers(program).values()}
+    assert found == {"conv.weight": None, "wide.weight": 0.25, "head.2.weight": 0.5}
+
+
+def test_a_refit_stays_quiet_where_training_drops() -> None:
+    torch.manual_seed(0)
+    model = randomise(Dropping()).eval()
+    batches = [torch.randn(20, 2, 6, 6) for _ in range(2)]  # fewer images than input columns
+    changes = []
+    for p in (0.5, 0.0):
+        model.head[1].p = model.drop.p = p
+        small = thinet.prune(model, batches[0], batches, budget=thinet.Budget(keep=0.5)).model
+        bare = thinet.prune(
+            model, batches[0], batches, budget=thinet.Budget(keep=0.5), repair="none"
+        ).model
+        change = small.wide.weight - bare.wide.weight
+        changes.append(float(change.detach().norm()))
+    assert changes[0] < 0.5 * changes[1]

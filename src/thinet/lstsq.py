@@ -87,6 +87,7 @@ def solve_full(
     prior: Tensor,
     *,
     ridge: float = 1e-4,
+    dropout: float = 0.0,
     intercept: bool = True,
     overwrite: bool = False,
     name: str = "the consumer",
@@ -105,6 +106,8 @@ def solve_full(
         y_mean: (..., N) E[t].
         prior: (..., N, S) the weights to stay near to.
         ridge: at least 0.
+        dropout: p of a dropout that the input passes in training. Its noise on W - prior has the
+            energy p / (1 - p) E[phi_c^2] (W - prior)_c^2, which is then minimised along.
         intercept: whether b is free; else it is 0.
         overwrite: `second` is not needed any more, which spares a copy.
 
@@ -118,8 +121,8 @@ def solve_full(
     mean, cross = mean.double(), cross.double()
     y_mean, prior = y_mean.double(), prior.double()
     diagonal = system.diagonal(dim1=-2, dim2=-1)
+    energy = diagonal.clone()
     if intercept:
-        energy = diagonal.clone()
         _subtract_outer(system, mean)
         cross = cross - mean[..., None] * y_mean[..., None, :]
         constant = diagonal.abs() <= _CONSTANT * energy.abs()
@@ -130,6 +133,7 @@ def solve_full(
     lost = cross - system @ prior.mT
     if system.shape[-1]:
         diagonal.add_(ridge * diagonal.mean(-1, keepdim=True))
+        diagonal.add_(dropout / (1 - dropout) * energy)
     factor, _ = cholesky(system, name)
     weight = prior + torch.cholesky_solve(lost, factor).mT
     bias = y_mean - (weight @ mean[..., None])[..., 0] if intercept else torch.zeros_like(y_mean)

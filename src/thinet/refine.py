@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
 from thinet.calibrate.collect import WIDEST, columns_of
-from thinet.calibrate.layers import Layer, find_layers, same_layers
+from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
@@ -121,6 +121,7 @@ class _Pass:
         self.execution, self.reference = Execution(small), Execution(dense)
         self.program, program = (e.program(batches[0]) for e in (self.execution, self.reference))
         layers, self.dense_layers = find_layers(self.program), find_layers(program)
+        self.dropouts = dropouts(small, self.program)
         self.same = same_layers(layers, self.dense_layers)
         needs = dependencies(self.program)
         pairs = find_pairs(self.program, layers, needs)
@@ -191,6 +192,8 @@ class _Pass:
             return "the dense network has no such layer"
         for layer in (pair.producer, pair.consumer):
             name, weight = layer.weight.removesuffix(".weight"), tensors[layer.weight]
+            if layer.x.storage in self.dropouts:
+                return f"{name} is trained behind dropout, which a joint refit would not bear"
             if layer.shared:
                 return f"the weights of {name} are used more than once"
             if columns_of(layer, weight) > WIDEST:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import WIDEST, LayerTargets, Observations
-from thinet.calibrate.layers import Affine, Layer, find_layers, same_layers
+from thinet.calibrate.layers import Affine, Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import dense_weight, output_rows, row_blocks
@@ -176,6 +176,7 @@ class _Pass:
         self.execution = Execution(small)
         self.program = self.execution.program(batches[0])
         self.layers = find_layers(self.program)
+        self.dropouts = dropouts(small, self.program)
         self.dense = same_layers(self.layers, seen.layers)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
@@ -284,6 +285,7 @@ class _Pass:
             moments.y_mean,
             prior,
             ridge=self.settings.ridge,
+            dropout=max(self.dropouts.get(use.x.storage, 0.0) for use in together),
             intercept=layer.bias is not None or norm is not None,
             overwrite=True,
             name=name,

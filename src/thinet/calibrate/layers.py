@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from thinet.calibrate.patches import Geometry
 from thinet.trace.record import Op, Program, Value, values_of
@@ -207,3 +208,22 @@ def _addition(
         return None, None
     other = operands[1] if operands[0] is value else operands[0]
     return (op.index, other) if other is not value else (None, None)
+
+
+def dropouts(model: nn.Module, program: Program) -> dict[int, float]:
+    """The memory of what passes a Dropout module, and its p.
+
+    In evaluation mode a dropout is no operation, but its module is called all the same. What calls
+    `torch.nn.functional.dropout` is not seen.
+    """
+    modules = dict(model.named_modules())
+    found: dict[int, float] = {}
+    for path, output in program.called:
+        module = modules.get(path)
+        if isinstance(module, _DropoutNd) and isinstance(output, Value):
+            found[output.storage] = max(found.get(output.storage, 0.0), min(module.p, MOST))
+    return found
+
+
+MOST = 0.99
+"""Of a dropout's p; at one nothing would pass."""
