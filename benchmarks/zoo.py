@@ -166,7 +166,8 @@ def timm_case(name: str) -> Case:
 
     model = timm.create_model(name, pretrained=False)
     config = model.default_cfg
-    size = config.get("min_input_size") or config["input_size"]
+    least = None if config.get("fixed_input_size") else config.get("min_input_size")
+    size = least or config["input_size"]
     return Case(model, image(1, *size), type(model).__module__.rsplit(".", 1)[-1])
 
 
