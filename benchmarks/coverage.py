@@ -46,6 +46,7 @@ def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
     from torch_pruning_side import compare
 
     import thinet
+    from thinet.trace.analyse import analyse
 
     case = zoo.build(suite, name)
     model, inputs = case.model if case.as_made else randomise(case.model), case.inputs
@@ -54,14 +55,15 @@ def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
     if other:
         return row | {"torch_pruning": compare(model, inputs, cuts, seed=len(name))}
     start = time.process_time()
-    groups = thinet.find_groups(model, inputs)
+    analysis = analyse(model, inputs)  # what thinet.find_groups does
+    groups = analysis.groups
     row["seconds"] = time.process_time() - start
     try:
         by_module = thinet.count(model, inputs).by_module
     except Exception as error:  # noqa: BLE001  the cuts are still worth knowing
         by_module, row["count_error"] = {}, f"{type(error).__name__}: {error}"[:200]
     row |= shares(groups, by_module)
-    row |= cut_some(model, inputs, groups, cuts, random.Random(name))
+    row |= cut_some(model, inputs, analysis, cuts, random.Random(name))
     return row
 
 
@@ -80,19 +82,23 @@ def shares(groups: Any, by_module: Any) -> dict[str, Any]:
     }
 
 
-def cut_some(model: Any, inputs: Any, groups: Any, cuts: int, rng: random.Random) -> dict[str, Any]:
+def cut_some(
+    model: Any, inputs: Any, analysis: Any, cuts: int, rng: random.Random
+) -> dict[str, Any]:
     """Cut random groups to half, one by one, and judge each."""
     from tests.oracle import as_double, judge, kept
 
     import thinet
 
+    groups = analysis.groups
     free = [g for g in groups if g.locked is None and g.channels > 1]
     result: dict[str, Any] = {"exact": 0, "wrong": 0, "no_effect": 0, "cut_seconds": []}
     for group in rng.sample(free, min(cuts, len(free))):
         removed = {group.name: rng.sample(range(group.channels), group.channels // 2)}
         start = time.process_time()
         try:
-            small = thinet.cut(model, inputs, kept(groups, removed), verify=False)
+            keep = kept(groups, removed)
+            small = thinet.cut(model, inputs, keep, verify=False, analysis=analysis)
             result["cut_seconds"].append(time.process_time() - start)
             verdict = judge(model, small, inputs, groups, removed, enough=1e-4)
             if verdict.error > 1e-4:

@@ -7,11 +7,6 @@ the run that was killed, and how often it was. Every try is a process of its own
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,6 +17,7 @@ import torch
 from torch import nn
 
 import thinet
+from tests.killed_runs import compare_with_whole
 from thinet.cells import Comparison
 from thinet.train.config import FinetuneConfig
 
@@ -72,50 +68,15 @@ def facts(result: Comparison) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(cell).items() if k != "seconds"} for cell in result.cells]
 
 
-def in_a_process(folder: Path, answer: Path) -> int:
-    child = os.fork()
-    if child == 0:
-        answer.write_text(
-            json.dumps(facts(compared(folder, progress=lambda *_: time.sleep(0.004))))
-        )
-        os._exit(0)
-    return child
+def quick(folder: Path) -> str:
+    return json.dumps(facts(compared(folder)))
 
 
-def killed_run(folder: Path, delays: random.Random, longest: float) -> tuple[Any, int]:
-    """Start it, kill it, start it again, until it is through."""
-    answer, kills = folder / "answer", 0
-    while True:
-        child = in_a_process(folder / "run", answer)
-        deadline = time.monotonic() + delays.uniform(0.0, longest) * (1 + kills / 10)
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                assert status == 0
-                return json.loads(answer.read_text()), kills
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return json.loads(answer.read_text()), kills
-        kills += 1
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        compared(Path(folder))  # also imports what the forked processes need
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        whole = facts(compared(Path(folder)))
-        seconds = time.monotonic() - began
-    delays = random.Random(int(sys.argv[1]))
-    rounds = []
-    for _ in range(int(sys.argv[2])):
-        with tempfile.TemporaryDirectory() as folder:
-            rounds.append(killed_run(Path(folder), delays, seconds / 2))
-    print(json.dumps({"whole": whole, "rounds": rounds}))  # noqa: T201
+def slow(folder: Path) -> str:
+    """There must be time to be killed in."""
+    return json.dumps(facts(compared(folder, progress=lambda *_: time.sleep(0.004))))
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    compare_with_whole(quick, slow)

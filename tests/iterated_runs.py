@@ -7,12 +7,6 @@ digest of the run that was killed, and how often it was. Every try is a process 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,7 @@ from torch import Tensor, nn
 
 import thinet
 from tests.chains import images, labelled_batches
+from tests.killed_runs import compare_with_whole
 from thinet.loop import IterateResult
 from thinet.plan import Replacement
 from thinet.recipes.recipe import Recipe, Step, Tuning
@@ -77,48 +72,10 @@ def digest(result: IterateResult) -> str:
     return fingerprint(result.model) + json.dumps(result.plan.to_json(), sort_keys=True)
 
 
-def in_a_process(folder: Path, answer: Path) -> int:
-    child = os.fork()
-    if child == 0:
-        answer.write_text(digest(iterated(folder)))
-        os._exit(0)
-    return child
-
-
-def killed_run(folder: Path, delays: random.Random, longest: float) -> tuple[str, int]:
-    """Start it, kill it, start it again, until it is through."""
-    answer, kills = folder / "answer", 0
-    while True:
-        child = in_a_process(folder / "run", answer)
-        deadline = time.monotonic() + delays.uniform(0.0, longest) * (1 + kills / 10)
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                assert status == 0
-                return answer.read_text(), kills
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return answer.read_text(), kills
-        kills += 1
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        iterated(Path(folder))  # also imports what the forked processes need
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        whole = digest(iterated(Path(folder)))
-        seconds = time.monotonic() - began
-    delays = random.Random(int(sys.argv[1]))
-    rounds = []
-    for _ in range(int(sys.argv[2])):
-        with tempfile.TemporaryDirectory() as folder:
-            rounds.append(killed_run(Path(folder), delays, seconds / 2))
-    print(json.dumps({"whole": whole, "rounds": rounds, "seconds": seconds}))  # noqa: T201
+def work(folder: Path) -> str:
+    return digest(iterated(folder))
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    compare_with_whole(work, work)

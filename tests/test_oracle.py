@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.nets import BatchNormVGG, Net
+import thinet
+from tests.nets import BatchNormVGG, Net, TwoConvNet
 from tests.oracle import WAYS, check, randomise
+from thinet.trace.analyse import analyse
 from thinet.types import ChannelGroup, Member
 
 torch.set_num_threads(1)
@@ -120,3 +123,15 @@ def test_a_wrong_cut_fails(spoil: Any, text: str) -> None:
 
     with pytest.raises(AssertionError, match=text):
         check(model, x, (hand_group(),), {"features.0": [1, 4]}, spoiled)
+
+
+def test_several_cuts_share_one_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(TwoConvNet()).eval()
+    inputs = model.example()
+    found = analyse(model, inputs)
+    wanted = {g.name: range(1, g.channels) for g in found.groups if g.locked is None}
+    alone = [thinet.cut(model, inputs, {name: keep}) for name, keep in wanted.items()]
+    monkeypatch.setattr(import_module("thinet.cut"), "analyse", None)
+    for (name, keep), other in zip(wanted.items(), alone, strict=True):
+        shared = thinet.cut(model, inputs, {name: keep}, analysis=found)
+        assert torch.equal(shared(inputs), other(inputs))

@@ -14,6 +14,7 @@ from thinet.plan import Plan
 from thinet.surgery.apply import apply_plan
 from thinet.surgery.optimizer import cut_optimizer
 from thinet.trace.analyse import analyse
+from thinet.trace.groups import Analysis
 from thinet.trace.planning import make_plan
 from thinet.trace.replica import copied
 from thinet.types import ChannelGroup, ExampleInputs, check_indices
@@ -30,6 +31,7 @@ def cut(
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
     optimizer: None = None,
+    analysis: Analysis | None = None,
 ) -> nn.Module: ...
 
 
@@ -43,6 +45,7 @@ def cut(
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
     optimizer: Optimizer,
+    analysis: Analysis | None = None,
 ) -> tuple[nn.Module, Optimizer]: ...
 
 
@@ -55,6 +58,7 @@ def cut(
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
     optimizer: Optimizer | None = None,
+    analysis: Analysis | None = None,
 ) -> nn.Module | tuple[nn.Module, Optimizer]:
     """A new, smaller model that keeps the named units of the named groups.
 
@@ -69,6 +73,8 @@ def cut(
         normalised: as in `find_groups`; such cuts are not exact and not verified.
         choices: as in `find_groups`.
         optimizer: that of the dense model. Its momenta and steps go on for what stays.
+        analysis: what `thinet.trace.analyse.analyse` found with these, where several cuts of one
+            model share it; it holds until the model changes.
 
     Returns:
         The cut model; with `optimizer`, the cut model and an optimizer of the same class for it.
@@ -82,7 +88,8 @@ def cut(
         OptionError: the optimizer's state of a cut parameter does not have its shape, or choices
             that the model does not leave.
     """
-    analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
+    if analysis is None:
+        analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
     checked = check_keep(analysis.groups, keep)
     plan = make_plan(analysis, model, checked)
     small = apply_to_copy(model, plan)

@@ -16,6 +16,7 @@ from typing import Any
 
 from thinet.errors import CheckpointError
 from thinet.train.identity import differences
+from thinet.whole_file import write_json
 
 SETTINGS = "settings.json"
 CELLS = "cells.jsonl"
@@ -73,13 +74,8 @@ class Journal:
         """
         data = {"thinet_compare": FORMAT, "identity": self._identity, "facts": facts}
         path = self.folder / SETTINGS
-        unfinished = self.folder / (SETTINGS + ".unfinished")
         try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
+            write_json(path, data)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
 

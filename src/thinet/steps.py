@@ -8,7 +8,6 @@ removed last; each file appears whole or not at all. So a run may be killed at a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from thinet.checkpoint import load, load_plan, save
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
 from thinet.train.identity import differences
+from thinet.whole_file import write_json
 
 NAME = "steps.json"
 FORMAT = 1
@@ -134,14 +134,10 @@ class Store:
     def commit(self, position: Position) -> None:
         """Make a position, whose model was written, the state of the run; errors as `put`."""
         path = self.folder / NAME
-        unfinished = self.folder / (NAME + ".unfinished")
         try:
-            data = {"thinet_steps": FORMAT, "identity": self._identity, **asdict(position)}
-            with unfinished.open("w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
+            write_json(
+                path, {"thinet_steps": FORMAT, "identity": self._identity, **asdict(position)}
+            )
         except OSError as error:
             raise CheckpointError(f"the state cannot be written to {path}: {error}") from error
         self._tidy(position)
