@@ -368,3 +368,54 @@ class Log:
 
     def loaded(self, module: nn.Module, keys: Any) -> None:
         self.said.append("loaded")
+
+
+class Remembering(Net):
+    """Attention biases that are kept once they are worked out, as several of timm's classes do."""
+
+    shape = (2, 4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.randn(5, 8))
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.kept = {}
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "cpu" not in self.kept or self.training:
+            self.kept["cpu"] = self.table[:4].exp()
+        return self.second(self.first(x) * self.kept["cpu"])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_model_has_worked_out_before_is_forgotten(grad: bool) -> None:
+    model: Any = randomise(Remembering()).eval()
+    x = model.example()
+    with torch.set_grad_enabled(grad):
+        dense = model(x)
+    small: Any = thinet.cut(model, x, {"first": [0, 2, 5]})
+    assert small(x).shape == dense.shape
+    assert model.kept["cpu"].shape == (4, 8)  # the original's is as it was
+    assert small.kept["cpu"].shape == (4, 3)
+
+
+class Standardised(nn.Conv2d):
+    """Weights of mean 0 and variance 1 for each output, as in norm-free networks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+def test_inputs_of_a_standardised_weight_are_normalised_over() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Standardised(6, 5, 3), nn.Conv2d(5, 2, 1))
+    x = torch.randn(2, 3, 6, 6)
+    groups = {g.name: g for g in thinet.find_groups(model.eval(), x)}
+    assert "normalised over" in (groups["0"].locked or "")
+    model, x = model.double(), x.double()  # its own outputs are each their own
+    check(model, x, thinet.find_groups(model, x), {"2": [1, 4]}, thinet.cut)

@@ -37,19 +37,38 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy`, with an error that says what could not be copied.
 
     Weights that are computed before each forward (torch's older weight_norm) are copied as numbers.
+    What a module has worked out from its weights and keeps (the biases of an attention) is of the
+    old sizes: modules that forget it when their tensors are replaced are made to forget it.
     """
     memo = {} if memo is None else memo
     for value in [v for module in model.modules() for v in vars(module).values()]:
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-            memo.setdefault(id(value), value.detach().clone())
+        for tensor in _kept(value) if type(value) is dict else [value]:
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return copy.deepcopy(model, memo)
+        new = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}); thinet never changes the model it "
             "is given, so copy.deepcopy(model) must work: remove what blocks it (open files, "
             "generators, non-leaf tensors kept as attributes)"
         ) from error
+    for module in new.modules():
+        if type(module)._apply is not nn.Module._apply and any(
+            _kept(value)
+            for name, value in vars(module).items()
+            if type(value) is dict and name not in _OWN
+        ):
+            module._apply(lambda tensor: tensor)
+    return new
+
+
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+def _kept(value: dict[Any, Any]) -> list[torch.Tensor]:
+    return [tensor for tensor in value.values() if isinstance(tensor, torch.Tensor)]
 
 
 def meta_twin(replica: nn.Module) -> nn.Module:

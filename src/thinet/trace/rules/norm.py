@@ -15,11 +15,22 @@ def per_channel(labels: Labeller, op: Op) -> None:
     for value in op.inputs()[1:]:
         if len(value.shape) == 1 and value.shape[0] == x.shape[1]:
             axes[1] = labels.join(axes[1], labels.of(value)[0], op.where)
+    if _counts_itself(op):  # over all else, such as the inputs of a weight that is standardised
+        _over(labels, op, [axes[0], *axes[2:]])
     for out in op.outputs():
         if out.shape == x.shape:
             labels.set(out, axes)
         else:
             labels.set(out, [axes[1] if n == x.shape[1] else FIXED for n in out.shape])
+
+
+def _counts_itself(op: Op) -> bool:
+    """Whether mean and variance are of the input, not running ones."""
+    if op.name == "aten._batch_norm_with_update":
+        return True
+    arguments = [argument.name for argument in op.func._schema.arguments]
+    place = arguments.index("training") if "training" in arguments else len(op.args)
+    return place < len(op.args) and bool(op.args[place])
 
 
 def layer_norm(labels: Labeller, op: Op) -> None:
