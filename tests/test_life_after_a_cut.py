@@ -417,5 +417,17 @@ def test_inputs_of_a_standardised_weight_are_normalised_over() -> None:
     x = torch.randn(2, 3, 6, 6)
     groups = {g.name: g for g in thinet.find_groups(model.eval(), x)}
     assert "normalised over" in (groups["0"].locked or "")
+    macs = 2 * (4 * 4 * 6 * 27 + 4 * 4 * 5 * 54 + 4 * 4 * 2 * 5)
+    assert thinet.count(model, x).macs == macs
     model, x = model.double(), x.double()  # its own outputs are each their own
     check(model, x, thinet.find_groups(model, x), {"2": [1, 4]}, thinet.cut)
+
+
+def test_whole_groups_of_a_group_norm_can_go() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model, x = randomise(model).eval().double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    groups = thinet.find_groups(model, x)
+    assert (groups[0].name, groups[0].channels, groups[0].locked) == ("0", 4, None)
+    check(model, x, groups, {"0": [1, 2]}, thinet.cut)
+    small: Any = thinet.cut(model, x, {"0": [0, 3]})
+    assert (small[1].num_groups, small[1].num_channels) == (2, 4)

@@ -40,14 +40,17 @@ def convolution(labels: Labeller, op: Op) -> None:
     spatial = prod(x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :])
     batch = 1 if unbatched else out.shape[0]
     kernel = prod(weight.shape[2:])
+    factors = (axis, per_group)
+    sizes = (out.shape[channel], x.shape[channel] // groups)
+    fixed = prod(n for n, factor in zip(sizes, factors, strict=True) if not labelled(factor))
     labels.mixings.append(
         Mixing(
             op=op,
             source=source if mixes else FIXED,
             weight=mixed if mixes else FIXED,
             out=axis,
-            factors=(axis, per_group),
-            times=batch * spatial * kernel,
+            factors=tuple(factor for factor in factors if labelled(factor)),
+            times=batch * spatial * kernel * fixed,
         )
     )
 

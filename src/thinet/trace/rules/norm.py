@@ -56,17 +56,19 @@ def group_norm(labels: Labeller, op: Op) -> None:
         axes[1] = labels.join(axes[1], labels.of(value)[0], op.where)
     channels = axes[1]
     assert isinstance(channels, np.ndarray)
+    of_groups: Axis = FIXED  # of the mean and the deviation of each group
     if groups == 1:
         _over(labels, op, [channels])
     elif labels.choose(op, "groups", "whole") == "whole":
         labels.tie(channels.reshape(groups, -1))
+        of_groups = np.ascontiguousarray(channels.reshape(groups, -1)[:, 0])
     else:
         labels.tie(np.ascontiguousarray(channels.reshape(groups, -1).T))
         _over(labels, op, [channels])
     first, *others = op.outputs()
     labels.set(first, axes)
     for out in others:
-        labels.set(out, (FIXED,) * len(out.shape))
+        labels.set(out, (*(FIXED,) * (len(out.shape) - 1), of_groups))
 
 
 def softmax(labels: Labeller, op: Op) -> None:
