@@ -41,7 +41,11 @@ class HandWrittenNormNet(MixedChannelsNet):
         return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
 
 
-class GroupNormNet(MixedChannelsNet):
+class GroupNormNet(TwoConvNet):
+    """A group of three channels goes whole: its mean and deviation are nobody else's."""
+
+    expected: ClassVar[Expected] = {"conv1": 2, "conv2": 5}
+
     def build(self) -> None:
         self.norm = nn.GroupNorm(2, 6)
 
