@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 
 @contextmanager
@@ -34,6 +39,22 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Collections of garbage do not go through what was there before; many traces make many.
+
+    Where another has frozen objects (`gc.freeze`), nothing is done, so that theirs stay so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention runs as the operations it is made of, not as one fused kernel."""
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -54,25 +75,25 @@ def module_calls(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[str, 
     """
     stack = [""]
     calls: list[tuple[str, Any]] = []
-    handles: list[Any] = []
+    paths = {id(module): path for path, module in model.named_modules()}
 
-    def entering(path: str) -> Callable[..., None]:
-        def pre_hook(*_: Any) -> None:
+    def entering(module: nn.Module, _: Any) -> None:
+        path = paths.get(id(module))
+        if path is not None:
             stack.append(path)
 
-        return pre_hook
-
-    def leaving(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+    def leaving(module: nn.Module, _: Any, output: Any) -> None:
+        path = paths.get(id(module))
+        if path is not None:
             stack.pop()
             calls.append((path, output))
 
-        return hook
-
+    # For all modules at once: a pair of handles for each of a thousand takes longer than a trace.
+    handles = [
+        register_module_forward_pre_hook(entering),
+        register_module_forward_hook(leaving, always_call=True),
+    ]
     try:
-        for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(entering(path), prepend=True))
-            handles.append(module.register_forward_hook(leaving(path), always_call=True))
         yield stack, calls
     finally:
         for handle in handles:

@@ -62,10 +62,13 @@ def _cut(model: nn.Module, plan: Plan) -> None:
 def named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Parameters and buffers with dotted names; a tied tensor once, by its first name."""
     seen: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
+    modules = list(model.named_modules())
+    for stores in ([m._parameters for _, m in modules], [m._buffers for _, m in modules]):
+        for (path, _), store in zip(modules, stores, strict=True):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}" if path else name, tensor
 
 
 def sliced(named: dict[str, torch.Tensor], kept: Iterable[Slice]) -> dict[str, torch.Tensor]:
@@ -78,7 +81,7 @@ def sliced(named: dict[str, torch.Tensor], kept: Iterable[Slice]) -> dict[str, t
         old = named[name]
         new = old.detach()
         for piece in pieces:
-            index = torch.tensor(piece.indices, dtype=torch.long, device=old.device)
+            index = _index(piece, old.device)
             new = new.index_select(piece.dim, index)
         new = new.contiguous(memory_format=_memory_format(old))
         if isinstance(old, nn.Parameter):
@@ -86,6 +89,12 @@ def sliced(named: dict[str, torch.Tensor], kept: Iterable[Slice]) -> dict[str, t
         else:
             made[name] = new.requires_grad_(old.requires_grad)
     return made
+
+
+def _index(piece: Slice, device: torch.device) -> torch.Tensor:
+    if device.type == "meta":
+        return torch.empty(len(piece.indices), dtype=torch.long, device=device)
+    return torch.tensor(piece.indices, dtype=torch.long, device=device)
 
 
 def _memory_format(tensor: torch.Tensor) -> torch.memory_format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import nn
@@ -89,12 +90,16 @@ TABLE: tuple[tuple[type[nn.Module] | str, Rule], ...] = (
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return next((r for k, r in TABLE if k == name or _is_a(module, k)), None)
+    return _rule(type(module))
 
 
-def _is_a(module: nn.Module, kind: type[nn.Module] | str) -> bool:
-    return not isinstance(kind, str) and isinstance(module, kind)
+@cache
+def _rule(kind: type[nn.Module]) -> Rule | None:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return next(
+        (rule for k, rule in TABLE if (k == name if isinstance(k, str) else issubclass(kind, k))),
+        None,
+    )
 
 
 def _computed_from(module: nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -122,6 +127,7 @@ def attribute_changes(
     from thinet.surgery.apply import named_tensors
 
     first_name = {id(tensor): name for name, tensor in named_tensors(model)}
+    cut = {key for key, name in first_name.items() if name in shapes}
     changes: list[AttributeChange] = []
     for path, module in model.named_modules():
         rule = rule_for(module)
@@ -135,9 +141,9 @@ def attribute_changes(
         }
         if "weight" not in own:
             own |= _computed_from(module, own)
-        names = {name: first_name[id(tensor)] for name, tensor in own.items()}
-        if not any(first in shapes for first in names.values()):
+        if cut.isdisjoint(id(tensor) for tensor in own.values()):
             continue
+        names = {name: first_name[id(tensor)] for name, tensor in own.items()}
         new = {name: shapes.get(names[name], tuple(own[name].shape)) for name in own}
         for attribute, value in rule(module, new, path in whole).items():
             if getattr(module, attribute) != value:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from thinet.errors import TraceError
-from thinet.observe import preserved_rng
+from thinet.observe import only_new_garbage, preserved_rng
 from thinet.trace.choices import OTHER, check_choices
 from thinet.trace.groups import Analysis, build
 from thinet.trace.labels import Classes, Labeller, Vector
@@ -59,9 +59,9 @@ def analyse(
 ) -> Analysis:
     """`find_groups` with everything that the library itself needs beside the groups."""
     trainable = frozenset(name for name, _ in model.named_parameters())
-    program = record(model, inputs)
-    trained = _training(model, inputs, program)
-    with preserved_rng():
+    with only_new_garbage(), preserved_rng():
+        program = record(model, inputs)
+        trained = _training(model, inputs, program)
         pristine, call = (meta_replica if program.on_meta else real_replica)(model, inputs)
         given = dict(choices or {})
         best = _checked(program, trained, trainable, given, normalised, pristine, call)

@@ -32,7 +32,8 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
     """The plan that keeps these units (sorted indices) and removes the rest of each named group."""
     gone = removed_classes(analysis, keep)
     classes = analysis.labeller.classes
-    shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model)}
+    tensors = dict(named_tensors(model))
+    shapes: dict[str, list[int]] = {}
     kept: list[Slice] = []
     going = gone[classes.find(np.arange(analysis.labeller.stored, dtype=np.int64))]
     before = np.concatenate([[0], np.cumsum(going)])
@@ -41,14 +42,14 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
         if before[end] > before[slot.start]:
             indices = tuple(np.flatnonzero(~going[slot.start : end]).tolist())
             kept.append(Slice(slot.parameter, slot.dim, indices))
-            shapes[slot.parameter][slot.dim] = len(indices)
-    cut = {piece.parameter for piece in kept}
+            shape = shapes.setdefault(slot.parameter, list(tensors[slot.parameter].shape))
+            shape[slot.dim] = len(indices)
     whole = frozenset(
         key.rpartition(":")[0]
         for key, choice in analysis.labeller.made.items()
         if choice == "whole" and key.endswith(":groups")
     )
-    new_shapes = {name: tuple(shapes[name]) for name in cut}
+    new_shapes = {name: tuple(shape) for name, shape in shapes.items()}
     table = attribute_changes(model, new_shapes, whole)
     known = {(change.module, change.attribute) for change in table}
     changes = [c for c in followed_changes(analysis, model, gone) if c[:2] not in known]
@@ -57,7 +58,7 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
         keep={name: tuple(int(u) for u in units) for name, units in keep.items()},
         kept=tuple(kept),
         attributes=attributes,
-        replaced=explicit_modules(model, [*cut, *(f"{c.module}." for c in attributes)]),
+        replaced=explicit_modules(model, [*shapes, *(f"{c.module}." for c in attributes)]),
     )
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from thinet.surgery.apply import apply_plan
+from thinet.plan import AttributeChange
+from thinet.surgery.apply import apply_plan, set_attributes
 from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Vector
-from thinet.trace.planning import make_plan, removed_classes
+from thinet.trace.planning import followed_changes, make_plan, removed_classes
 from thinet.trace.record import (
     EnoughError,
     Op,
@@ -88,28 +89,48 @@ class _Known(Classes):
         pass
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A copy without data, cut to `keep`, to be traced: which labels are gone from it.
+
+    `told` are the attributes that the new shapes tell; those that are only learned are still old.
+    """
+
+    keep: Mapping[str, Sequence[int]]
+    model: nn.Module
+    gone: Vector
+    told: frozenset[tuple[str, str]]
+
+
+def trial(analysis: Analysis, pristine: nn.Module, keep: Mapping[str, Sequence[int]]) -> Trial:
+    """Cut a copy of the meta model to `keep`; attributes that the analysis has learned stay."""
+    plan = make_plan(replace(analysis, followed=()), pristine, keep)
+    model = meta_twin(pristine)
+    apply_plan(model, plan)
+    told = frozenset((change.module, change.attribute) for change in plan.attributes)
+    return Trial(keep, model, removed_classes(analysis, keep), told)
+
+
 def probe(
-    analysis: Analysis,
-    pristine: nn.Module,
-    inputs: Call,
-    keep: Mapping[str, Sequence[int]],
-    *,
-    until: int | None = None,
+    analysis: Analysis, cut: Trial, inputs: Call, *, until: int | None = None
 ) -> Mismatch | None:
-    """Cut a copy of the meta model to `keep`, trace it and compare; None where all agrees.
+    """Trace a cut copy with the attributes learned so far; None where all agrees with the labels.
 
     The trace stops at the first operation that does not follow, or after number `until`.
     """
-    plan = make_plan(analysis, pristine, keep)
-    gone = removed_classes(analysis, keep)
+    learned = [
+        AttributeChange(*change)
+        for change in followed_changes(analysis, cut.model, cut.gone)
+        if change[:2] not in cut.told
+    ]
     before = 0
     for walk in (analysis.labeller, analysis.training):
         if walk is None or (until is not None and until < before):
             continue
-        replica = meta_twin(pristine)
-        apply_plan(replica, plan)
+        replica = meta_twin(cut.model)
+        set_attributes(replica, learned)
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-        comparison = _Comparison(walk, gone, None if until is None else until - before)
+        comparison = _Comparison(walk, cut.gone, None if until is None else until - before)
         told = walk.program
         try:
             with nullcontext() if told.on_meta else Decisions(told.decisions):

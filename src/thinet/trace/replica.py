@@ -74,32 +74,34 @@ def _kept(value: dict[Any, Any]) -> list[torch.Tensor]:
 def meta_twin(replica: nn.Module) -> nn.Module:
     """A copy of a model without data that shares its tensors; quicker than `copied`."""
     modules = list(replica.modules())
-    if not all(t.is_meta for t in replica.state_dict(keep_vars=True).values()) or any(
+    stores = [store for m in modules for store in (m._parameters, m._buffers)]
+    tensors = [tensor for store in stores for tensor in store.values() if tensor is not None]
+    if not all(t.is_meta for t in tensors) or any(
         hasattr(type(m), "__deepcopy__") for m in modules
     ):
         return copied(replica)
     memo: dict[int, Any] = {id(m): type(m).__new__(type(m)) for m in modules}
-    for module in modules:
-        for store in (module._parameters, module._buffers):
-            memo.update({id(t): t for t in store.values() if t is not None})
+    memo.update({id(tensor): tensor for tensor in tensors})
     for module in modules:
         twin = memo[id(module)]
         for name, value in module.__dict__.items():
-            if isinstance(value, SIMPLE):
+            kind = type(value)
+            if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))):
                 made = value
             elif name in ("_parameters", "_buffers"):
-                made = type(value)(value)
+                made = kind(value)
             elif name == "_modules":
-                made = type(value)({k: m if m is None else memo[id(m)] for k, m in value.items()})
-            elif type(value) in (dict, OrderedDict) and not value:
-                made = type(value)()
+                made = kind({k: m if m is None else memo[id(m)] for k, m in value.items()})
+            elif kind in EMPTIED and not value:
+                made = kind()
             else:
                 made = copy.deepcopy(value, memo)
             twin.__dict__[name] = made
     return memo[id(replica)]
 
 
-SIMPLE = (int, float, str, bool, type(None), torch.dtype)
+SIMPLE = frozenset((int, float, str, bool, type(None), torch.dtype))
+EMPTIED = frozenset((dict, OrderedDict, set, list))
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Labeller
-from thinet.trace.probe import Mismatch, probe
+from thinet.trace.probe import Mismatch, Trial, probe, trial
 from thinet.trace.replica import Call
 from thinet.types import ChannelGroup
 
@@ -47,8 +47,8 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     parted = [_part(set(counted), each) for each in units if counted] + [
         _part({name for name, n in counted.items() if (n >> bit) & 1 == value}, each)
         for bit in range(bits)
-        for value in (0, 1)
-        for each in units
+        for value, one in enumerate(("first", "last"))
+        for each in (one, "half")
     ]
     refused: list[tuple[ChannelGroup, Mismatch]] = []
     hopeless: set[tuple[type[nn.Module], str]] = set()
@@ -57,12 +57,13 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
             keep = draw(list(suspects.values()), rng)
             if not keep:
                 break
-            mismatch = probe(analysis, pristine, inputs, keep)
+            tried = trial(analysis, pristine, keep)
+            mismatch = probe(analysis, tried, inputs)
             if mismatch is None:
                 break
             kind = (type(pristine.get_submodule(mismatch.module)), mismatch.kind)
             if kind not in hopeless:
-                learned = learn(analysis, pristine, inputs, keep, mismatch)
+                learned = learn(analysis, pristine, inputs, tried, mismatch)
                 if learned is not None:
                     analysis = learned
                     continue
@@ -78,14 +79,14 @@ def learn(
     analysis: Analysis,
     pristine: nn.Module,
     inputs: Call,
-    keep: Mapping[str, Sequence[int]],
+    cut: Trial,
     mismatch: Mismatch,
 ) -> Analysis | None:
     """The analysis with attributes that make the trace follow further, or None."""
 
     def progress(tried: Sequence[Guess]) -> Analysis | None:
         assumed = assume(analysis, pristine, tried)
-        found = probe(assumed, pristine, inputs, keep, until=mismatch.index)
+        found = probe(assumed, cut, inputs, until=mismatch.index)
         return assumed if found is None or found.index > mismatch.index else None
 
     options = guesses(analysis, pristine, mismatch.module, mismatch.index)
@@ -173,20 +174,44 @@ def _culprits(
     keep: Mapping[str, Sequence[int]],
     mismatch: Mismatch,
 ) -> list[tuple[ChannelGroup, Mismatch]]:
-    """The groups that fail by themselves; where none does, all that could have to do with it."""
-    near = [
-        name for name in keep if not mismatch.roots.isdisjoint(analysis.roots[name].tolist())
-    ] or list(keep)
-    if len(near) == 1:
-        return [(analysis.group(near[0]), mismatch)]
-    alone = [
-        (analysis.group(name), found)
-        for name in near
-        if (found := probe(analysis, pristine, inputs, {name: keep[name]})) is not None
+    """The groups that fail by themselves, or where none does, those that fail only together.
+
+    First those that the failing operation works on are tried, then those that its module has
+    parameters of, then all.
+    """
+    at = [name for name in keep if not mismatch.roots.isdisjoint(analysis.roots[name].tolist())]
+    if len(at) == 1:
+        return [(analysis.group(at[0]), mismatch)]
+
+    def fails(names: Sequence[str]) -> Mismatch | None:
+        cut = trial(analysis, pristine, {name: keep[name] for name in names})
+        return probe(analysis, cut, inputs, until=mismatch.index)
+
+    path = f"{mismatch.module}."
+    inside = [
+        name
+        for name in keep
+        if any(member.parameter.startswith(path) for member in analysis.group(name).members)
     ]
-    if alone:
-        return alone
-    return _halve(analysis, pristine, inputs, keep, near, mismatch)
+    for names in (at, inside, list(keep)):
+        found = names and (_alone(fails, names) or _together(fails, names, mismatch))
+        if found:
+            return [(analysis.group(name), why) for name, why in found]
+    return [(analysis.group(name), mismatch) for name in at or keep]
+
+
+Fails = Callable[[Sequence[str]], Mismatch | None]
+
+
+def _alone(fails: Fails, names: Sequence[str]) -> list[tuple[str, Mismatch]]:
+    """The groups that fail by themselves; of many only those in halves that fail."""
+    if len(names) <= FEW:
+        return [(name, found) for name in names if (found := fails([name])) is not None]
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    return [each for half in halves if fails(half) is not None for each in _alone(fails, half)]
+
+
+FEW = 4
 
 
 def _twins(
@@ -225,25 +250,18 @@ def _holders(parameter: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
-def _halve(
-    analysis: Analysis,
-    pristine: nn.Module,
-    inputs: Call,
-    keep: Mapping[str, Sequence[int]],
-    near: Sequence[str],
-    mismatch: Mismatch,
-) -> list[tuple[ChannelGroup, Mismatch]]:
+def _together(fails: Fails, names: Sequence[str], mismatch: Mismatch) -> list[tuple[str, Mismatch]]:
     """Groups that fail only together: the smallest part of them that halving finds."""
-    together = list(near)
-    if probe(analysis, pristine, inputs, {n: keep[n] for n in together}) is None:
-        together = list(keep)
+    together = list(names)
+    if fails(together) is None:
+        return []
     while len(together) > 1:
         middle = len(together) // 2
         for part in (together[:middle], together[middle:]):
-            found = probe(analysis, pristine, inputs, {n: keep[n] for n in part})
+            found = fails(part)
             if found is not None:
-                together, mismatch = list(part), found
+                together, mismatch = part, found
                 break
         else:
             break
-    return [(analysis.group(name), mismatch) for name in together]
+    return [(name, mismatch) for name in together]

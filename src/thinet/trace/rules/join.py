@@ -44,7 +44,7 @@ def split(labels: Labeller, op: Op) -> None:
     """split, chunk and their kin: consecutive pieces.
 
     Pieces that are asked for by number or by one size stay equal only if the same index of each
-    goes: with the choice "tied" they are.
+    goes: they are "tied". With a list of sizes each goes by itself, "free", while that follows.
     """
     x: Value = op.args[0]
     dim = (op.args[2] if len(op.args) > 2 else op.kwargs.get("dim", 0)) % len(x.shape)
@@ -53,7 +53,8 @@ def split(labels: Labeller, op: Op) -> None:
     pieces = op.outputs()
     start = 0
     equal = len({piece.shape[dim] for piece in pieces}) == 1
-    if isinstance(axis, np.ndarray) and equal and labels.choose(op, "split", "free") == "tied":
+    default = "tied" if isinstance(op.args[1], int) else "free"
+    if isinstance(axis, np.ndarray) and equal and labels.choose(op, "split", default) == "tied":
         labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
     for piece in pieces:
         end = start + piece.shape[dim]
