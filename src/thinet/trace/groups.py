@@ -168,7 +168,8 @@ def build(
     touch = np.zeros(classes.count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         # Each slot once: a unit may have several entries in it, not always equally many.
-        pairs = np.unique(roots * np.int64(len(slots) + 1) + owner[: len(every)])
+        pairs = np.sort(roots * np.int64(len(slots) + 1) + owner[: len(every)])
+        pairs = pairs[np.diff(pairs, prepend=-1) != 0]
         marks = _scramble((pairs % np.int64(len(slots) + 1)).astype(np.uint64))
         np.add.at(touch, pairs // np.int64(len(slots) + 1), marks)
     first_seen = np.full(classes.count, np.iinfo(np.int64).max)
@@ -179,7 +180,7 @@ def build(
     position = rank[owner[: len(every)]] * np.int64(1 << 40) + every
     produced = np.isin(owner[: len(every)], producing)
     np.minimum.at(first_seen, roots[produced], position[produced])
-    made = np.unique(roots[produced])
+    made = np.array(_present(roots[produced]), dtype=np.int64)
     made = made[np.argsort(first_seen[made], kind="stable")]
     bundles: dict[tuple[int, str | None, str | None], list[int]] = {}
     for root in made.tolist():
@@ -242,9 +243,8 @@ def _roles(mixings: Sequence[Mixing], owner: Vector) -> tuple[list[int], list[in
     for mixing in mixings:
         for axis, roles in ((mixing.out, producing), (mixing.weight, consuming)):
             if isinstance(axis, np.ndarray):
-                for slot in np.unique(owner[axis]).tolist():
-                    if slot >= 0:
-                        roles.setdefault(slot)
+                for slot in _present(owner[axis]):
+                    roles.setdefault(slot)
     return list(producing), list(consuming)
 
 
@@ -341,14 +341,12 @@ def _costs(
 
     def size(axis: Vector) -> Size:
         touched = group_of[classes.find(axis)]
-        numbers, counts = np.unique(touched, return_counts=True)
+        counts = np.bincount(touched[touched >= 0])
+        held = {n: int(counts[n]) for n in np.flatnonzero(counts).tolist() if n in free}
         per_unit = tuple(
-            (free[n].name, _whole(count / free[n].channels))
-            for n, count in zip(numbers.tolist(), counts.tolist(), strict=True)
-            if n in free
+            (free[n].name, _whole(count / free[n].channels)) for n, count in held.items()
         )
-        held = sum(c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True) if n in free)
-        return Size(len(axis) - held, per_unit)
+        return Size(len(axis) - sum(held.values()), per_unit)
 
     def term(module: str, times: int, axes: Sequence[Axis]) -> CostTerm:
         sizes = [size(axis) for axis in axes if isinstance(axis, np.ndarray)]

@@ -77,7 +77,7 @@ class Classes:
         moved = False
         while True:
             above = self._parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 break
             roots, moved = above, True
         if moved:

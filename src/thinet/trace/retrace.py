@@ -194,7 +194,7 @@ def _culprits(
         if any(member.parameter.startswith(path) for member in analysis.group(name).members)
     ]
     for names in (at, inside, list(keep)):
-        found = names and (_alone(fails, names) or _together(fails, names, mismatch))
+        found = (_alone(fails, names) or _together(fails, names, mismatch)) if names else []
         if found:
             return [(analysis.group(name), why) for name, why in found]
     return [(analysis.group(name), mismatch) for name in at or keep]

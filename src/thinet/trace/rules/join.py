@@ -46,14 +46,15 @@ def split(labels: Labeller, op: Op) -> None:
     Pieces that are asked for by number or by one size stay equal only if the same index of each
     goes: they are "tied". With a list of sizes each goes by itself, "free", while that follows.
     """
-    x: Value = op.args[0]
-    dim = (op.args[2] if len(op.args) > 2 else op.kwargs.get("dim", 0)) % len(x.shape)
+    x: Value
+    x, sizes, *rest = op.args
+    dim = (rest[0] if rest else op.kwargs.get("dim", 0)) % len(x.shape)
     axes = labels.of(x)
     axis = axes[dim]
     pieces = op.outputs()
     start = 0
     equal = len({piece.shape[dim] for piece in pieces}) == 1
-    default = "tied" if isinstance(op.args[1], int) else "free"
+    default = "tied" if isinstance(sizes, int) else "free"
     if isinstance(axis, np.ndarray) and equal and labels.choose(op, "split", default) == "tied":
         labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
     for piece in pieces:
