@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
     parser.add_argument("--weights", type=Path, help="default: ../shared/weights")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--mirror", action="store_true", help="every second image of them")
     parser.add_argument("--seeds", type=int, default=1, help="calibration sets")
     parser.add_argument("--keep", type=float, nargs="*", default=(0.5, 0.3))
     parser.add_argument("--speed", type=float, nargs="*", default=(1.99, 3.23))
@@ -214,6 +215,7 @@ def _one(
         32,
         seed=seed,
         labels=labelled,
+        mirror=given.mirror,
     )
     batches: list[Tensor] = list(source)
     start = time.perf_counter()

@@ -171,6 +171,16 @@ def test_calibration_is_an_even_fixed_sample(folder: Path) -> None:
     assert numbers(calibration_batches(folder, 12, 5, seed=4, **PLAIN)) != numbers(batches)
 
 
+def test_every_second_calibration_image_is_mirrored_on_request(folder: Path) -> None:
+    plain = calibration_batches(folder, 12, 5, seed=3, **PLAIN)
+    data = calibration_batches(folder, 12, 5, seed=3, mirror=True, **PLAIN)
+    for before, after in zip(plain, data, strict=True):
+        assert torch.equal(before[::2], after[::2])
+        assert torch.equal(before[1::2].flip(-1), after[1::2])
+    assert all(torch.equal(a, b) for a, b in zip(data, data, strict=True))  # not mirrored back
+    assert data.describe() != plain.describe()
+
+
 def test_calibration_takes_what_there_is_and_says_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -93,6 +93,7 @@ def calibration_batches(
     resize: int | None = None,
     protocol: Protocol = "keep-ratio",
     labels: bool = False,
+    mirror: bool = False,
     workers: int | None = None,
     max_corrupt: float = 0.01,
     progress: Progress | None = None,
@@ -101,7 +102,8 @@ def calibration_batches(
 
     Every iteration gives the same tensors (n, 3, size, size), mixed over the classes; with
     `labels`, pairs with int64 labels (n,). A folder with fewer images gives all of them and a line
-    in the log (`Loader.images` tells the number).
+    in the log (`Loader.images` tells the number). With `mirror`, every second image is mirrored:
+    a network that was trained on both is measured on both, with no more images.
 
     Raises:
         DataError: the folder is missing or empty, or too many images are corrupt, or labels are
@@ -117,7 +119,7 @@ def calibration_batches(
     folder.listing = folder.listing.pick(_even_sample(folder.listing, count, seed))
     return Loader(
         folder, batch_size=batch_size, labelled=labels, workers=workers, preload=None,
-        max_corrupt=max_corrupt, progress=progress,
+        max_corrupt=max_corrupt, progress=progress, mirror=mirror,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Loader:
 
     Attributes:
         folder: the images and what is done to them.
+        mirror: whether the second, fourth, ... image of each batch is mirrored.
         corrupt: images that could not be decoded so far, with the reason. They are left out.
     """
 
@@ -60,6 +61,7 @@ class Loader:
         preload: bool | None,
         max_corrupt: float,
         progress: Progress | None,
+        mirror: bool = False,
     ) -> None:
         at_least("batch_size", batch_size, 1)
         if not 0 <= max_corrupt < 1:
@@ -69,6 +71,7 @@ class Loader:
         self.folder = folder
         self.batch_size = batch_size
         self.labelled = labelled
+        self.mirror = mirror
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.corrupt: dict[Path, str] = {}
         self._allowed = max(1, math.floor(max_corrupt * len(folder)))
@@ -98,6 +101,8 @@ class Loader:
         self._next_epoch += 1 if self.folder.train else 0
         for images, labels in self.epoch(epoch):
             if len(images):
+                if self.mirror:
+                    images[1::2] = images[1::2].flip(-1)
                 yield (images, labels) if labels is not None else images
 
     def epoch(
@@ -123,6 +128,8 @@ class Loader:
         names = [path.relative_to(listing.root).as_posix() for path in listing.paths]
         digest = hashlib.blake2b(repr((names, listing.labels)).encode(), digest_size=16)
         augmentation = [folder.crop, folder.flip, folder.padding] if folder.train else None
+        if self.mirror:
+            augmentation = ["every second mirrored"]
         return {
             "images": len(folder),
             "files": digest.hexdigest(),

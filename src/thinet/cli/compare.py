@@ -97,6 +97,7 @@ def compare(
     choice: options.Choice = None,
     normalised: options.Normalised = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
+    mirror: options.Mirror = False,
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take each N-th image of DATA only.")
     ] = 1,
@@ -149,7 +150,7 @@ def compare(
             return folders.calibration_batches(
                 calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
                 resize=prepared.resize, labels=any("taylor" in c for c in chosen),
-                progress=told,
+                mirror=mirror, progress=told,
             )  # fmt: skip
 
         tuning: dict[str, Any] = {}

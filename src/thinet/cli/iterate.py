@@ -62,6 +62,7 @@ def iterate(
         typer.Option(metavar="DIR", help="Images to choose channels on. Default: DATA."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
+    mirror: options.Mirror = False,
     validation: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Images to measure the accuracy on, if given."),
@@ -133,7 +134,7 @@ def iterate(
         held = validation and labelled(validation, prepared, batch=batch, progress=told)
         batches = folders.calibration_batches(
             calibration or data, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, progress=told,
+            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror, progress=told,
         )  # fmt: skip
         dense = evaluate(named.model, held, device=device, progress=told).top1 if held else None
         result = step_by_step(

@@ -61,6 +61,13 @@ RecipeName = Annotated[
         "`resnet50-70`, `resnet50-50`, `resnet50-30`, or `resnet` for any ResNet.",
     ),
 ]
+Mirror = Annotated[
+    bool,
+    typer.Option(
+        "--mirror",
+        help="Mirror every second calibration image, for networks that were trained so.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Choice = Annotated[
     list[str] | None,

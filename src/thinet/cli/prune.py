@@ -110,6 +110,7 @@ def prune(
     choice: options.Choice = None,
     normalised: options.Normalised = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
+    mirror: options.Mirror = False,
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Labelled images to measure the accuracy on, if given."),
@@ -161,7 +162,7 @@ def prune(
         held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
         batches = folders.calibration_batches(
             calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, progress=told,
+            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror, progress=told,
         )  # fmt: skip
         result = (cut_and_repair if recipe is None else prune_by_recipe)(
             named.model, inputs, batches, **asked, criterion=criterion, repair=repair,

@@ -66,7 +66,7 @@ def analyse(
         given = dict(choices or {})
         best = _checked(program, trained, trainable, given, normalised, pristine, call)
         other = {key: OTHER[best.made[key]] for key in best.doubtful if key not in given}
-        if other:
+        if other and best.free_macs < ENOUGH * best.all_macs:
             again = _checked(program, trained, trainable, given | other, normalised, pristine, call)
             best = max(best, again, key=lambda found: found.free_macs)
     training = best.analysis.training
@@ -93,6 +93,14 @@ class _Checked:
         """Multiply-adds of operations that some group can make cheaper."""
         terms = self.analysis.costs.macs_terms
         return sum(term.at({}, self.analysis.costs.full) for term in terms if term.sizes)
+
+    @property
+    def all_macs(self) -> float:
+        return self.analysis.costs.macs({})
+
+
+ENOUGH = 0.95
+"""Share of the multiply-adds in groups from which on other choices are not worth a second look."""
 
 
 def _checked(
