@@ -70,7 +70,7 @@ def error_widths(
     costs: Costs,
     *,
     divisor: int = 8,
-    least: int = 2,
+    least: int | None = None,
     late: float = LATE,
     fixed: Mapping[str, int] | None = None,
     allocator: Allocator | None = None,
@@ -83,6 +83,7 @@ def error_widths(
         groups: in the order in which they run.
         curves: for each group `channels + 1` errors; one without a curve gets the mean of the
             others at the same fraction.
+        least: no group is made narrower than this; None: two, or one where it takes that.
         late: how much more the last group's errors weigh than the first one's; between, the
             weights grow evenly in proportion.
         fixed: units that stay of single groups; the others are shared out around them.
@@ -91,8 +92,9 @@ def error_widths(
     Raises:
         BudgetError: the budget cannot be met within 1 %.
     """
-    if divisor < 1 or least < 1:
-        raise OptionError(f"divisor and least are at least 1; got {divisor} and {least}")
+    narrowest = 2 if least is None else least
+    if divisor < 1 or narrowest < 1:
+        raise OptionError(f"divisor and least are at least 1; got {divisor} and {narrowest}")
     if not 0 < late < float("inf"):
         raise OptionError(f"late is a factor above 0; got {late!r}")
     fixed = fixed or {}
@@ -106,21 +108,26 @@ def error_widths(
     target = budget.fraction * full
     while True:
         choices = [
-            allowed_widths(g, weighed[g.name], divisor=divisor, least=min(least, g.channels))
+            allowed_widths(g, weighed[g.name], divisor=divisor, least=min(narrowest, g.channels))
             if g.name not in fixed
             else one_width(g, weighed[g.name], fixed[g.name])
             for g in groups
         ]
         try:
             widths = (allocator or allocate)(choices, terms, costs.full, target)
-        except BudgetError:
-            if divisor == 1 and least == 1:
-                raise
-            divisor, least = 1, 1
+        except BudgetError as error:
+            if divisor == 1 and (narrowest == 1 or least is not None):
+                remains = measure({c.name: min(c.between) for c in choices}) / full
+                raise BudgetError(
+                    f"{budget.kind}={budget.fraction:g} cannot be met: the narrowest widths that "
+                    f"are allowed leave {remains:.4f} of the {budget.kind}; ask for that, or allow "
+                    "narrower or more groups"
+                ) from error
+            divisor, narrowest = 1, narrowest if least is not None else 1
             continue
         if divisor == 1 or measure(widths) >= target - WITHIN * full:
             free = [g for g in groups if g.name not in fixed]
-            widths = nearer_widths(widths, free, measure, target, WITHIN * full)
+            widths = nearer_widths(widths, free, measure, target, WITHIN * full, least=least or 1)
             check_reached(budget, {budget.kind: measure(widths) / full})
             return widths
         divisor //= 2

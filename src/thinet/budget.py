@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 from thinet.errors import BudgetError
 from thinet.trace.groups import Costs
@@ -155,29 +155,63 @@ def nearer_widths(
     measure: Callable[[Mapping[str, int]], int],
     target: float,
     within: float,
+    *,
+    least: int = 1,
 ) -> dict[str, int]:
     """Trade single units, of one group or between two, while the cost is further off than `within`.
 
-    In small networks a single unit can cost more than what is left to give back.
+    In small networks a single unit can cost more than what is left to give back. Where trading does
+    not help and there are few enough, all widths are gone through.
     """
     gap = abs(measure(widths) - target)
     while gap > within:
-        tried = list(_traded(widths, groups))
+        tried = list(_traded(widths, groups, least))
         gaps = [abs(measure(w) - target) for w in tried]
         if not gaps or min(gaps) >= gap:
             break
         gap = min(gaps)
         widths = tried[gaps.index(gap)]
+    if gap > within:
+        lowest = [min(least, widths[g.name]) for g in groups]
+        if math.prod(g.channels + 1 - low for g, low in zip(groups, lowest, strict=True)) <= FEW:
+            return _nearest(widths, groups, lowest, measure, target, within)
     return widths
 
 
-def _traded(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> Iterator[dict[str, int]]:
+FEW = 20_000
+"""Combinations of widths that are gone through one by one."""
+
+
+def _nearest(
+    widths: dict[str, int],
+    groups: Sequence[ChannelGroup],
+    lowest: Sequence[int],
+    measure: Callable[[Mapping[str, int]], int],
+    target: float,
+    within: float,
+) -> dict[str, int]:
+    """Of all widths that reach the target the nearest to those given, else what comes nearest."""
+    names = [g.name for g in groups]
+    ranges = [range(low, g.channels + 1) for g, low in zip(groups, lowest, strict=True)]
+    every = [{**widths, **dict(zip(names, each, strict=True))} for each in product(*ranges)]
+    gaps = [abs(measure(each) - target) for each in every]
+
+    def moved(other: Mapping[str, int]) -> float:
+        return sum(abs(other[g.name] - widths[g.name]) / g.channels for g in groups)
+
+    reached = [each for each, gap in zip(every, gaps, strict=True) if gap <= within]
+    return min(reached, key=moved) if reached else every[gaps.index(min(gaps))]
+
+
+def _traded(
+    widths: Mapping[str, int], groups: Sequence[ChannelGroup], least: int
+) -> Iterator[dict[str, int]]:
     """All widths that differ by one unit in one group or in two."""
     single = [(g, step) for g in groups for step in (1, -1)]
     pairs = (pair for pair in combinations(single, 2) if pair[0][0] is not pair[1][0])
     for moves in (*((move,) for move in single), *pairs):
         tried = {**widths, **{g.name: widths[g.name] + step for g, step in moves}}
-        if all(1 <= tried[g.name] <= g.channels for g, _ in moves):
+        if all(min(least, widths[g.name]) <= tried[g.name] <= g.channels for g, _ in moves):
             yield tried
 
 
@@ -186,7 +220,7 @@ def check_reached(budget: Budget, reached: Mapping[str, float]) -> None:
     if budget.kind == "keep":
         return
     found = reached[budget.kind]
-    if abs(found - budget.fraction) > WITHIN:
+    if abs(found - budget.fraction) > WITHIN + 1e-9:
         raise BudgetError(
             f"{budget.kind}={budget.fraction:g} cannot be met within {WITHIN:g}: the nearest that "
             f"these groups can is {found:.4f}; ask for that, or allow more groups"

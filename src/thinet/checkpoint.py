@@ -35,7 +35,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
     Raises:
         CheckpointError: the plan is not this model's, or the file cannot be written.
     """
-    target = Path(path)
+    target = _path(path)
     if not isinstance(plan, Plan):
         raise CheckpointError(
             f"save needs the plan that made the model, such as result.plan; got {plan!r}"
@@ -87,6 +87,10 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: the file cannot be read, is not of thinet, or is of another model.
     """
+    if not isinstance(dense_model, nn.Module):
+        raise CheckpointError(
+            f"load needs the dense model that was cut, a module; got {type(dense_model).__name__}"
+        )
     plan, tensors = read(path)
     small = copied(dense_model)
     apply_plan(small, plan)
@@ -119,6 +123,12 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return read(path)[0]
 
 
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"a file is named by a text or a path; got {path!r}")
+    return Path(os.fspath(path))
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Without gradient, contiguous, and alone in its memory."""
     tensor = tensor.detach().contiguous()
@@ -137,6 +147,7 @@ def _written(plan: Plan) -> str:
 
 def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, torch.Tensor]]:
     """The plan and the tensors of a file; errors as `load`."""
+    path = _path(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

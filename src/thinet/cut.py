@@ -9,7 +9,7 @@ from typing import overload
 from torch import nn
 from torch.optim import Optimizer
 
-from thinet.errors import LockedGroupError, UnknownGroupError
+from thinet.errors import LockedGroupError, OptionError, UnknownGroupError
 from thinet.plan import Plan
 from thinet.surgery.apply import apply_plan
 from thinet.surgery.optimizer import cut_optimizer
@@ -86,10 +86,15 @@ def cut(
         IndicesError: indices that are empty, repeated or out of range (a ValueError).
         VerificationError: the cut model differs; it is not returned.
         OptionError: the optimizer's state of a cut parameter does not have its shape, or choices
-            that the model does not leave.
+            that the model does not leave, or a model without data that is to be verified.
     """
     if analysis is None:
         analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
+    if verify and (empty := [name for name, p in model.named_parameters() if p.is_meta]):
+        raise OptionError(
+            f"{empty[0]} has no data (it is on the meta device), so the cut cannot be verified; "
+            "load the weights, or cut the shapes alone with verify=False"
+        )
     checked = check_keep(analysis.groups, keep)
     plan = make_plan(analysis, model, checked)
     small = apply_to_copy(model, plan)
@@ -111,6 +116,11 @@ def check_keep(
     groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
 ) -> dict[str, list[int]]:
     """Sorted indices for each named group, whole groups left out; errors as `cut` raises them."""
+    if not isinstance(keep, Mapping):
+        raise OptionError(
+            f"keep maps names of groups to the units that stay, such as {{'conv1': [0, 2]}}; got "
+            f"{type(keep).__name__}"
+        )
     known = {group.name: group for group in groups}
     checked: dict[str, list[int]] = {}
     for name, indices in keep.items():
@@ -129,6 +139,6 @@ def _unknown(name: str, known: Mapping[str, ChannelGroup]) -> str:
     holder = next(
         (g.name for g in known.values() if name in g.producers or name in g.consumers), None
     )
-    near = [holder] if holder else difflib.get_close_matches(name, list(known), n=3)
+    near = [holder] if holder else difflib.get_close_matches(str(name), list(known), n=3)
     hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
     return f"no group is named {name!r}; {hint}find_groups lists all {len(known)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from thinet.budget import Budget
-from thinet.errors import OptionError
+from thinet.errors import CalibrationError, OptionError
 from thinet.prune import Repair, Sampling
 from thinet.recipes import group_by_group, resolve
 from thinet.recipes.recipe import Recipe
@@ -88,6 +88,10 @@ def iterate(
         As `thinet.prune` and `thinet.finetune`.
     """
     _check(recipe, keep, budget, only, skip, train, distill)
+    if not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration gives batches of images; got {type(calibration).__name__}"
+        )
     batches = list(calibration)
     if budget is not None:
         steps = group_by_group(model, example_inputs, budget, only=only, skip=skip)

@@ -72,7 +72,7 @@ def prune(
     sampling: Sampling = "exact",
     widths: Widths = "error",
     divisor: int = 8,
-    least: int = 2,
+    least: int | None = None,
     fixed: Mapping[str, int | float] | None = None,
     rounds: int | None = None,
     rows: Rows | None = None,
@@ -105,7 +105,8 @@ def prune(
             out around them.
         divisor: widths shared out by error are multiples of it, in groups of at least four times
             as many channels; networks run fastest at multiples of 8 or 16.
-        least: no group is made narrower than this by error.
+        least: no group is made narrower than this by error; None: two, or one where the budget
+            takes that.
         rounds: in how many equal steps a budget that is shared out by error is reached, each chosen
             and repaired on what the one before left. None: two for less than `FEW` of the costs
             where layers are also refitted together (see `RepairSettings.refine`), else one.
@@ -290,7 +291,8 @@ def _check_model(model: object) -> None:
 def _check_settings(
     divisor: object, least: object, rounds: object, rows: object, repair: object
 ) -> None:
-    for name, value in (("divisor", divisor), ("least", least), ("rounds", rounds)):
+    given = {"divisor": divisor, "rounds": rounds} | ({} if least is None else {"least": least})
+    for name, value in given.items():
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} is a whole number from 1; got {value!r}")
     for name, value, kind in (("rows", rows, Rows), ("repair_settings", repair, RepairSettings)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ class ChannelGroup:
         Raises:
             IndicesError: an index is repeated or out of range.
         """
-        chosen = set(check_indices(self, list(channels), empty=True))
+        chosen = set(check_indices(self, channels, empty=True))
         found = []
         for member in self.members:
             indices = tuple(i for i, unit in enumerate(member.units) if unit in chosen)
@@ -114,17 +114,18 @@ class ChannelGroup:
         return tuple(found)
 
 
-def check_indices(group: ChannelGroup, indices: Sequence[int], *, empty: bool = False) -> list[int]:
+def check_indices(group: ChannelGroup, indices: Iterable[int], *, empty: bool = False) -> list[int]:
     """The indices as sorted plain ints, or an `IndicesError` that names the group."""
     where = f"group {group.name!r} ({group.channels} channels)"
     if isinstance(indices, torch.Tensor):
         indices = indices.tolist()
     try:
+        indices = list(indices)
         plain = [int(i) for i in indices]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise IndicesError(f"{where}: indices must be integers, got {indices!r}") from error
     if any(isinstance(i, bool) or p != i for i, p in zip(indices, plain, strict=True)):
-        raise IndicesError(f"{where}: indices must be integers, got {list(indices)!r}")
+        raise IndicesError(f"{where}: indices must be integers, got {indices!r}")
     if not plain and not empty:
         raise IndicesError(f"{where}: no index given; keep at least one channel")
     bad = [i for i in plain if not 0 <= i < group.channels]

@@ -77,7 +77,7 @@ def pictures(model: nn.Module, size: int | None, mean: str | None, std: str | No
     own = own if isinstance(own, dict) else {}
     usual = Preprocess()
     return Preprocess(
-        size=size or int(own.get("input_size", (3, usual.size, usual.size))[-1]),
+        size=int(own.get("input_size", (3, usual.size, usual.size))[-1]) if size is None else size,
         mean=triple("mean", mean) or tuple(own.get("mean", usual.mean)),
         std=triple("std", std) or tuple(own.get("std", usual.std)),
     )

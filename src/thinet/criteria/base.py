@@ -184,7 +184,7 @@ def get(name: str) -> Criterion:
     Raises:
         OptionError: there is none; the message names the nearest.
     """
-    if name in _TABLE:
+    if isinstance(name, str) and name in _TABLE:
         return _TABLE[name]
     near = difflib.get_close_matches(str(name), _TABLE, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -45,6 +45,11 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 "that the plan was made for, uncut"
             )
     for change in plan.attributes:
+        if change.attribute.startswith("__"):
+            raise CheckpointError(
+                f"the plan sets {change.attribute} of {change.module or 'the model'}, which no "
+                "plan of thinet does; do not use this file"
+            )
         if not _has_module(model, change.module):
             raise CheckpointError(
                 f"the plan sets {change.attribute} of {change.module}, a module that this "

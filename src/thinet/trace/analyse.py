@@ -12,7 +12,7 @@ from thinet.observe import only_new_garbage, preserved_rng
 from thinet.trace.choices import OTHER, check_choices
 from thinet.trace.groups import Analysis, build
 from thinet.trace.labels import Classes, Labeller, Vector
-from thinet.trace.record import Program, record
+from thinet.trace.record import Program, check_model, record
 from thinet.trace.replica import Call, meta_replica, real_replica
 from thinet.trace.retrace import check
 from thinet.trace.rules import RULES
@@ -45,7 +45,8 @@ def find_groups(
 
     Raises:
         TraceError: the model does not run on the example inputs.
-        OptionError: a choice that the model does not leave, or a value that it does not have.
+        OptionError: a choice that the model does not leave, or a value that it does not have, or
+            what is given is no module.
     """
     return analyse(model, example_inputs, normalised=normalised, choices=choices).groups
 
@@ -58,6 +59,7 @@ def analyse(
     choices: Mapping[str, str] | None = None,
 ) -> Analysis:
     """`find_groups` with everything that the library itself needs beside the groups."""
+    check_model(model)
     trainable = frozenset(name for name, _ in model.named_parameters())
     with only_new_garbage(), preserved_rng():
         program = record(model, inputs)

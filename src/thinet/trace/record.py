@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from thinet.errors import TraceError
+from thinet.errors import OptionError, TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
 from thinet.trace.decisions import Decision, Decisions
@@ -266,8 +267,10 @@ def record(model: nn.Module, inputs: ExampleInputs, *, training: bool = False) -
     """The operations that the model runs on inputs of this shape, in evaluation mode.
 
     Raises:
+        OptionError: the model is no module, or has parameters without a size yet.
         TraceError: the model does not run on the example inputs.
     """
+    check_model(model)
     check_inputs(inputs)
     with preserved_rng():
         try:
@@ -319,11 +322,11 @@ def record_replica(
         try:
             with recorder:
                 outputs = replica(*args, **kwargs)
+            return begun if watch else recorder.program(given, named, known, outputs, calls)
         except EnoughError:
             return begun
         except Exception as error:
             raise StoppedError(error) from error
-        return begun if watch else recorder.program(given, named, known, outputs, calls)
 
 
 def plain(tree: Any) -> Any:
@@ -335,6 +338,17 @@ def plain(tree: Any) -> Any:
     if hasattr(tree, "__dataclass_fields__"):
         return {key: plain(getattr(tree, key)) for key in tree.__dataclass_fields__}
     return tree
+
+
+def check_model(model: object) -> None:
+    """See that it is a module all of whose parameters have a size."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"the model is a torch.nn.Module; got {type(model).__name__}")
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise OptionError(
+                f"{name} has no size yet (a lazy module); run the model once on an input first"
+            )
 
 
 def check_inputs(inputs: ExampleInputs) -> None:

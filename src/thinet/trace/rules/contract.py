@@ -29,7 +29,12 @@ def convolution(labels: Labeller, op: Op) -> None:
     else:
         free = labelled(source)
         source = labels.vector(source, x.shape[channel], f"{op.where} mixes a fixed axis")
-        axis, per_group, mixes = _grouped(labels, op, source, weight, groups, transposed, free)
+        if isinstance(first, np.ndarray):
+            axis, per_group, mixes = _grouped(labels, op, source, weight, groups, transposed, free)
+        else:  # such as a weight for each image, images being the groups
+            labels.lock(source, f"{op.where} has a weight whose axes are not a layer's own")
+            labels.lock(second, f"{op.where} has a weight whose axes are not a layer's own")
+            axis, per_group, mixes = FIXED, FIXED, False
     if bias is not None:
         axis = labels.join(axis, labels.of(bias)[0], op.where)
     axes = list(labels.of(x))
@@ -83,7 +88,9 @@ def _grouped(
         own = labels.tie(first.reshape(groups, -1))
         theirs = labels.tie(rows)
         labels.classes.unify(own, theirs)
-        return np.repeat(own, per_out) if transposed else first, second, False
+        if transposed:  # each input channel of a group is contracted for all outputs of the group
+            return np.repeat(own, per_out), FIXED, False
+        return first, second, False
     tied_in = labels.tie(np.ascontiguousarray(rows.T))
     if transposed:
         inside = labels.tie(np.ascontiguousarray(first.reshape(groups, per_in).T))

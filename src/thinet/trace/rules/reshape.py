@@ -66,7 +66,7 @@ def reshape(labels: Labeller, op: Op) -> None:
             [x.shape[d] for d in before],
             [labels.of(x)[d] for d in before],
             [out.shape[d] for d in after],
-            after[0] if after else 0,
+            after[0] if after else len(out.shape) + before[0],  # a number of its own
         )
         for d, axis in zip(after, made, strict=True):
             axes[d] = axis
