@@ -339,7 +339,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "mean": (("evaluate", "net.py:build", "images", "--mean", "1,2"), "--mean takes three numbers"),
     "no folder": (("evaluate", "net.py:build", "nowhere", "--size", "8"), "no folder nowhere"),
     "no classes": (("evaluate", "net.py:build", "images/dark", "--size", "8"), "has no classes"),
-    "no budget": ((*PRUNE, *OUT), "a budget names one of macs, params and keep; none given"),
+    "no budget": ((*PRUNE, *OUT), "one of macs, params, latency and keep; none given"),
     "two budgets": ((*PRUNE, *OUT, *HALF, "--keep", "1"), "macs and keep given"),
     "widths without costs": (
         (*PRUNE, *OUT, "--keep", "0.5", "--widths", "uniform"),

@@ -22,6 +22,7 @@ class Budget:
     Attributes:
         macs: of the multiply-adds of the whole model.
         params: of its parameters.
+        latency: of the time of a forward pass on the example inputs, measured on this machine.
         keep: of the channels of every group, `int(channels * keep)` as the paper, at least 1; or
             a mapping from group names to a fraction (float) or a number of channels (int), groups
             that are not named staying whole.
@@ -29,13 +30,16 @@ class Budget:
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
     keep: float | Mapping[str, int | float] | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in self.__dict__.items() if value is not None}
         if len(given) != 1:
             names = " and ".join(given) or "none"
-            raise BudgetError(f"a budget names one of macs, params and keep; {names} given")
+            raise BudgetError(
+                f"a budget names one of macs, params, latency and keep; {names} given"
+            )
         ((name, value),) = given.items()
         if isinstance(value, Mapping):
             _check_named(name, value)
@@ -89,11 +93,17 @@ def uniform_widths(budget: Budget, groups: Sequence[ChannelGroup], costs: Costs)
 
     Raises:
         BudgetError: the model costs more even with one channel left in each group; says how much.
+            Or the budget is one of latency.
     """
     if budget.named is not None:
         return {g.name: units(g, budget.named.get(g.name, g.channels)) for g in groups}
     if budget.kind == "keep":
         return _kept(groups, budget.fraction)
+    if budget.kind == "latency":
+        raise BudgetError(
+            "a budget of latency is measured while thinet.prune shares it out; elsewhere give one "
+            "of macs, params or keep"
+        )
     measure = costs.macs if budget.kind == "macs" else costs.params
     full = measure({})
     target = budget.fraction * full
@@ -160,21 +170,26 @@ def nearer_widths(
 ) -> dict[str, int]:
     """Trade single units, of one group or between two, while the cost is further off than `within`.
 
-    In small networks a single unit can cost more than what is left to give back. Where trading does
-    not help and there are few enough, all widths are gone through.
+    In small networks a single unit can cost more than what is left to give back; where there are
+    few enough, all widths are gone through, and of those that reach the target the nearest is it.
     """
+    within *= 1 - 1e-9  # what rounds to the very edge is not left there
     gap = abs(measure(widths) - target)
+    lowest = [min(least, widths[g.name]) for g in groups]
+    number = math.prod(g.channels + 1 - low for g, low in zip(groups, lowest, strict=True))
+    if gap > within and number <= FEW:
+        names = [g.name for g in groups]
+        ranges = [range(low, g.channels + 1) for g, low in zip(groups, lowest, strict=True)]
+        every = ({**widths, **dict(zip(names, each, strict=True))} for each in product(*ranges))
+        return _nearest(list(every), widths, groups, measure, target, within)
+    given = widths
     while gap > within:
-        tried = list(_traded(widths, groups, least))
-        gaps = [abs(measure(w) - target) for w in tried]
-        if not gaps or min(gaps) >= gap:
+        found = _nearest(
+            [widths, *_traded(widths, groups, least)], given, groups, measure, target, within
+        )
+        if found == widths:
             break
-        gap = min(gaps)
-        widths = tried[gaps.index(gap)]
-    if gap > within:
-        lowest = [min(least, widths[g.name]) for g in groups]
-        if math.prod(g.channels + 1 - low for g, low in zip(groups, lowest, strict=True)) <= FEW:
-            return _nearest(widths, groups, lowest, measure, target, within)
+        widths, gap = found, abs(measure(found) - target)
     return widths
 
 
@@ -183,24 +198,22 @@ FEW = 20_000
 
 
 def _nearest(
-    widths: dict[str, int],
+    tried: Sequence[dict[str, int]],
+    given: Mapping[str, int],
     groups: Sequence[ChannelGroup],
-    lowest: Sequence[int],
     measure: Callable[[Mapping[str, int]], int],
     target: float,
     within: float,
 ) -> dict[str, int]:
-    """Of all widths that reach the target the nearest to those given, else what comes nearest."""
-    names = [g.name for g in groups]
-    ranges = [range(low, g.channels + 1) for g, low in zip(groups, lowest, strict=True)]
-    every = [{**widths, **dict(zip(names, each, strict=True))} for each in product(*ranges)]
-    gaps = [abs(measure(each) - target) for each in every]
+    """Of those that reach the target the nearest to what was given, else what comes nearest."""
+    gaps = [abs(measure(each) - target) for each in tried]
 
-    def moved(other: Mapping[str, int]) -> float:
-        return sum(abs(other[g.name] - widths[g.name]) / g.channels for g in groups)
+    def moved(other: Mapping[str, int]) -> tuple[int, int]:
+        by = [abs(other[g.name] - given[g.name]) for g in groups]
+        return max(by, default=0), sum(by)
 
-    reached = [each for each, gap in zip(every, gaps, strict=True) if gap <= within]
-    return min(reached, key=moved) if reached else every[gaps.index(min(gaps))]
+    reached = [each for each, gap in zip(tried, gaps, strict=True) if gap <= within]
+    return min(reached, key=moved) if reached else tried[gaps.index(min(gaps))]
 
 
 def _traded(
@@ -217,10 +230,10 @@ def _traded(
 
 def check_reached(budget: Budget, reached: Mapping[str, float]) -> None:
     """Raise a `BudgetError` if a cost budget was missed by more than `WITHIN`."""
-    if budget.kind == "keep":
+    if budget.kind in ("keep", "latency"):  # the one is exact, the other as near as clocks are
         return
     found = reached[budget.kind]
-    if abs(found - budget.fraction) > WITHIN + 1e-9:
+    if abs(found - budget.fraction) > WITHIN:
         raise BudgetError(
             f"{budget.kind}={budget.fraction:g} cannot be met within {WITHIN:g}: the nearest that "
             f"these groups can is {found:.4f}; ask for that, or allow more groups"

@@ -17,7 +17,8 @@ from thinet.allocate import Allowed, Meter, allocate
 from thinet.trace.groups import CostTerm
 
 CELLS = 4000
-"""Into which the range of costs is divided; a width's cost is rounded up to the next."""
+"""Into which the range of costs is divided; a width's cost is rounded down, so that what just fits
+is found, and what is found is seen to fit."""
 
 TURNS = 8
 
@@ -54,7 +55,10 @@ def _error(choices: Sequence[Allowed], widths: Mapping[str, int]) -> float:
 def _knapsack(
     costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], room: float
 ) -> list[int] | None:
-    """One place in each list, of least summed error, with summed costs at most `room`; or None."""
+    """One place in each list, of least summed error, with summed costs at most `room`; or None.
+
+    Costs may exceed the room by a cell for each list.
+    """
     floors = [min(each) for each in costs]
     spare = room - math.fsum(floors)
     if spare < 0:
@@ -66,7 +70,7 @@ def _knapsack(
         now = np.full(CELLS + 1, np.inf)
         which = np.zeros(CELLS + 1, dtype=np.int64)
         for place, (cost, error) in enumerate(zip(each, their, strict=True)):
-            step = math.ceil((cost - floor) / cell - 1e-9)
+            step = math.floor((cost - floor) / cell + 1e-9)
             if step > CELLS:
                 continue
             reached = np.full(CELLS + 1, np.inf)
@@ -79,5 +83,5 @@ def _knapsack(
     for each, floor, which in zip(reversed(costs), reversed(floors), reversed(taken), strict=True):
         place = int(which[at])
         places.append(place)
-        at -= math.ceil((each[place] - floor) / cell - 1e-9)
+        at -= math.floor((each[place] - floor) / cell + 1e-9)
     return places[::-1]

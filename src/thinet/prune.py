@@ -23,6 +23,7 @@ from thinet.criteria.curves import group_refit_errors
 from thinet.cut import apply_to_copy
 from thinet.dynamic import allocate_dynamic
 from thinet.errors import BudgetError, CalibrationError, OptionError, UnknownGroupError
+from thinet.latency_budget import latency_widths, time_share
 from thinet.outcome import (
     Clock,
     PruneReport,
@@ -133,6 +134,9 @@ def prune(
     _check_options(budget, repair, sampling, widths, seed)
     _check_settings(divisor, least, 1 if rounds is None else rounds, rows, repair_settings)
     by_error = widths != "uniform" and budget.kind != "keep" and sampling == "exact"
+    timed = budget.kind == "latency"
+    if timed and rounds not in (None, 1):
+        raise OptionError("rounds are steps of a budget of macs or params, not of latency")
     store = Store(memory)
     clock = Clock()
     if analysis is None:
@@ -141,9 +145,22 @@ def prune(
         only = named_groups(analysis.groups, budget.named, only, skip)
     groups = select_groups(analysis.groups, only, skip)
     set_widths = _fixed(fixed, groups, by_error)
-    kept = uniform_widths(budget, groups, analysis.costs)
-    if not by_error:
-        _check_cost(budget, analysis, kept)
+    kept = {g.name: g.channels for g in groups}
+
+    def share_of(tried: Mapping[str, int]) -> float:
+        units = {name: range(width) for name, width in tried.items()}
+        return time_share(
+            model, apply_to_copy(model, make_plan(analysis, model, units)), example_inputs
+        )
+
+    if timed and not by_error:
+        kept = latency_widths(
+            budget, lambda at: uniform_widths(at, groups, analysis.costs), share_of
+        )
+    elif not timed:
+        kept = uniform_widths(budget, groups, analysis.costs)
+        if not by_error:
+            _check_cost(budget, analysis, kept)
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device)
     batches = [inputs for inputs, _ in pairs]
@@ -153,7 +170,7 @@ def prune(
     )
     iterations, dear = _iterations(settings, repair, by_error, passed)
     if by_error and rounds is None:
-        rounds = 2 if iterations and budget.fraction < FEW else 1
+        rounds = 2 if iterations and budget.fraction < FEW and not timed else 1
     if by_error and rounds and rounds > 1:
         again: dict[str, Any] = {
             "criterion": criterion, "repair": repair, "only": only, "skip": skip,
@@ -207,11 +224,15 @@ def prune(
     clock.lap("measuring")
     orders, curves, notes = _orders(model, cut_groups, chosen, seen, gradients, seed, by_error)
     if by_error:
-        kept = error_widths(
-            budget, cut_groups, curves, analysis.costs, divisor=divisor, least=least,
-            late=LATE if repair == "full" else 1.0, fixed=set_widths,
-            allocator=allocate_dynamic if widths == "dynamic" else None,
-        )  # fmt: skip
+
+        def widths_at(costs: Budget) -> dict[str, int]:
+            return error_widths(
+                costs, cut_groups, curves, analysis.costs, divisor=divisor, least=least,
+                late=LATE if repair == "full" else 1.0, fixed=set_widths,
+                allocator=allocate_dynamic if widths == "dynamic" else None,
+            )  # fmt: skip
+
+        kept = latency_widths(budget, widths_at, share_of) if timed else widths_at(budget)
     keep = {
         g.name: orders[g.name].keep(kept[g.name]) for g in cut_groups if kept[g.name] < g.channels
     }
@@ -255,6 +276,8 @@ def prune(
         "params": analysis.costs.params(kept) / max(analysis.costs.params({}), 1),
         "keep": share(groups, kept),
     }
+    if timed:
+        reached["latency"] = time_share(model, small, example_inputs)
     report = PruneReport(
         criterion=criterion,
         repair=repair,
@@ -305,8 +328,8 @@ def _check_options(
 ) -> None:
     if not isinstance(budget, Budget):
         raise OptionError(
-            f"budget={budget!r} does not say of what; give thinet.Budget(macs=0.5), or params= or "
-            "keep="
+            f"budget={budget!r} does not say of what; give thinet.Budget(macs=0.5), or params=, "
+            "latency= or keep="
         )
     options = (("repair", repair, Repair), ("sampling", sampling, Sampling))
     for name, value, kind in (*options, ("widths", widths, Widths)):

@@ -159,6 +159,7 @@ def strategy(
     keep: float | None,
     only: Sequence[str] | None,
     skip: Sequence[str] | None,
+    latency: float | None = None,
 ) -> dict[str, Any]:
     """A recipe or a budget, as `thinet.iterate` takes them.
 
@@ -166,10 +167,12 @@ def strategy(
         OptionError: both, or neither, or a budget that is out of range.
     """
     if recipe is None:
-        budget = Budget(macs=macs, params=params, keep=keep)
+        budget = Budget(macs=macs, params=params, latency=latency, keep=keep)
         return {"budget": budget, "only": only or None, "skip": skip or None}
-    if macs is not None or params is not None or only or skip:
-        raise OptionError("--recipe says what is cut; leave --macs, --params, --only, --skip out")
+    if not (macs is params is latency is None) or only or skip:
+        raise OptionError(
+            "--recipe says what is cut; leave --macs, --params, --latency, --only, --skip out"
+        )
     return {"recipe": recipe, "keep": keep}
 
 

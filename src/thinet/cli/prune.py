@@ -41,6 +41,10 @@ def prune(
     params: Annotated[
         float | None, typer.Option(help="Fraction of the parameters that stays.")
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the time of a forward pass that stays, measured here."),
+    ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the channels of every group that stays.")
     ] = None,
@@ -145,7 +149,7 @@ def prune(
     if report is not None:
         check_output(report, force=force, suffixes=REPORTS)
 
-    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
+    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip, latency)
     asked |= options.shared_out(asked, widths=widths, divisor=divisor, rounds=rounds)
     asked |= options.shared_out(asked, width=width) and {"fixed": options.fixed(width)}
     asked |= options.freed(asked, choice=choice, normalised=normalised)
