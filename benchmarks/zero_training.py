@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet56", choices=("resnet20", "resnet56"))
     parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
-    parser.add_argument("--weights", type=Path, help="default: ../shared/weights")
+    parser.add_argument("--weights", type=Path, help="default: in $DATA/weights")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--mirror", action="store_true", help="every second image of them")
     parser.add_argument("--seeds", type=int, default=1, help="calibration sets")
@@ -160,10 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="of fine-tuning")
     parser.add_argument("--json", type=Path, help="append each row to this file")
     given = parser.parse_args(argv)
-    shared = Path("../shared/weights") / f"cifar_{given.network}_jpeg.safetensors"
-    model = resolve(
-        f"{HERE / 'cifar_resnet.py'}:{given.network}", weights=given.weights or shared
-    ).eval()
+    folder = Path(os.environ.get("DATA", ".data"), "weights")
+    weights = given.weights or folder / f"cifar_{given.network}_jpeg.safetensors"
+    model = resolve(f"{HERE / 'cifar_resnet.py'}:{given.network}", weights=weights).eval()
     test = loader(given.data / "test", size=32, batch_size=BATCH, every=2, preload=True)
     dense = thinet.count(model, EXAMPLE).macs
     print(f"dense: {evaluate(model, test).top1:.2%} of {test.images} test images")
