@@ -178,3 +178,23 @@ def test_indices_may_come_from_anything_that_gives_integers() -> None:
         thinet.cut(FewGroups(), X, {"a": [float("inf")]})  # type: ignore[list-item]
     with pytest.raises(thinet.UnknownGroupError):
         thinet.cut(FewGroups(), X, {0: [1]})  # type: ignore[dict-item]
+
+
+class PickedFromPairs(nn.Module):
+    """Pairs go together, and every third entry takes one of each pair: which one depends."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.a, self.step = nn.Conv2d(3, 8, 1), step
+        self.o = nn.Conv2d(len(range(0, 8, step)), 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        pairs = y.view(len(y), -1, 2, 8, 8) * torch.tensor([1.0, 2.0]).view(1, 1, 2, 1, 1)
+        return self.o(pairs.flatten(1, 2)[:, :: self.step])
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_entries_that_go_together_are_not_picked_apart(step: int) -> None:
+    group = groups_of(PickedFromPairs(step), X)["a"]
+    assert group.locked is not None and "takes apart what goes together" in group.locked

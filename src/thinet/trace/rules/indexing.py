@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thinet.trace.labels import FIXED, Axis, Labeller
+from thinet.trace.labels import FIXED, Axis, Labeller, Vector
 from thinet.trace.record import Op, Value
 
 
@@ -25,8 +25,23 @@ def slice_(labels: Labeller, op: Op) -> None:
     axis = axes[dim]
     if isinstance(axis, np.ndarray):
         end = None if end is not None and end >= sys.maxsize else end
-        axes[dim] = axis[start:end:step]
+        part = np.zeros(len(axis), dtype=bool)
+        part[start:end:step] = True
+        torn(labels, op, axis, part)
+        axes[dim] = axis[part]
     labels.set(op.outputs()[0], axes)
+
+
+def torn(labels: Labeller, op: Op, axis: Vector, part: np.ndarray) -> None:
+    """Lock what an operation takes some entries of that have one label.
+
+    Entries that a reshape has laid together cannot be told apart, so neither can it be seen whether
+    the same ones are taken once others are gone.
+    """
+    if not part.all():
+        both = np.intersect1d(axis[part], axis[~part])
+        if len(both):
+            labels.lock(both, f"{op.where} takes apart what goes together")
 
 
 def select(labels: Labeller, op: Op) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller, labelled
 from thinet.trace.record import Op, Value
+from thinet.trace.rules.indexing import torn
 
 
 def cat(labels: Labeller, op: Op) -> None:
@@ -59,7 +60,11 @@ def split(labels: Labeller, op: Op) -> None:
         labels.tie(np.ascontiguousarray(axis.reshape(len(pieces), -1).T))
     for piece in pieces:
         end = start + piece.shape[dim]
-        part = axis[start:end] if isinstance(axis, np.ndarray) else axis
+        part = axis
+        if isinstance(axis, np.ndarray):
+            part = axis[start:end]
+            places = np.arange(len(axis))
+            torn(labels, op, axis, (places >= start) & (places < end))
         labels.set(piece, (*axes[:dim], part, *axes[dim + 1 :]))
         start = end
 
