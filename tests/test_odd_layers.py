@@ -194,7 +194,14 @@ class PickedFromPairs(nn.Module):
         return self.o(pairs.flatten(1, 2)[:, :: self.step])
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_entries_that_go_together_are_not_picked_apart(step: int) -> None:
-    group = groups_of(PickedFromPairs(step), X)["a"]
+def test_entries_that_go_together_are_not_picked_apart() -> None:
+    group = groups_of(PickedFromPairs(3), X)["a"]
     assert group.locked is not None and "takes apart what goes together" in group.locked
+
+
+def test_the_same_of_each_pair_may_be_taken() -> None:
+    model, x = PickedFromPairs(2).double(), X.double()
+    small: Any = thinet.cut(model, x, {"a": [1, 2]})
+    y = model.a(x)[:, [2, 4]]
+    answer = F.conv2d(y, model.o.weight[:, [1, 2]], model.o.bias)
+    assert torch.allclose(small(x), answer, rtol=0, atol=1e-12)

@@ -36,11 +36,15 @@ def torn(labels: Labeller, op: Op, axis: Vector, part: np.ndarray) -> None:
     """Lock what an operation takes some entries of that have one label.
 
     Entries that a reshape has laid together cannot be told apart, so neither can it be seen whether
-    the same ones are taken once others are gone.
+    the same ones are taken once others are gone; but where the same of each are taken they are.
     """
-    if not part.all():
-        both = np.intersect1d(axis[part], axis[~part])
-        if len(both):
+    both = axis[:0] if part.all() else np.intersect1d(axis[part], axis[~part])
+    if len(both):
+        taken = part[np.argsort(axis, kind="stable")]
+        number = len(np.unique(axis))
+        alike = len(axis) % number == 0 and (np.bincount(axis)[axis] == len(axis) // number).all()
+        rows = taken.reshape(number, -1) if alike else taken[:, None]
+        if not (rows == rows[0]).all():
             labels.lock(both, f"{op.where} takes apart what goes together")
 
 
