@@ -205,3 +205,37 @@ def test_the_same_of_each_pair_may_be_taken() -> None:
     y = model.a(x)[:, [2, 4]]
     answer = F.conv2d(y, model.o.weight[:, [1, 2]], model.o.bias)
     assert torch.allclose(small(x), answer, rtol=0, atol=1e-12)
+
+
+class RolledPairs(nn.Module):
+    """Two of a unit lie two apart; moved by one, they come in the other order once one is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.a(x).view(len(x), 2, -1, 8, 8) * torch.tensor([1.0, 2.0]).view(1, 2, 1, 1, 1)
+        return self.o(pairs.flatten(1, 2).roll(1, 1))
+
+
+def test_pairs_that_are_moved_past_each_other_are_locked() -> None:
+    assert groups_of(RolledPairs(), X)["a"].locked is not None
+
+
+class EverySecond(nn.Module):
+    """What lies between those that are taken may not go: the others would move up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.p = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 5, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.o(y[:, ::2]) + self.p(y)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_lies_between_those_taken_is_locked(seed: int) -> None:
+    torch.manual_seed(seed)
+    assert all(g.locked for g in groups_of(EverySecond(), X).values() if "a" in g.producers)

@@ -47,8 +47,8 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     parted = [_part(set(counted), each) for each in units if counted] + [
         _part({name for name, n in counted.items() if (n >> bit) & 1 == value}, each)
         for bit in range(bits)
-        for value, one in enumerate(("first", "last"))
-        for each in (one, "half")
+        for value in (0, 1)
+        for each in units[:3]
     ]
     refused: list[tuple[ChannelGroup, Mismatch]] = []
     hopeless: set[tuple[type[nn.Module], str]] = set()

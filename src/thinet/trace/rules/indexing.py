@@ -74,7 +74,10 @@ def roll(labels: Labeller, op: Op) -> None:
         return
     for shift, dim in zip(op.args[1], dims, strict=True):
         axis = axes[dim]
-        axes[dim] = np.roll(axis, shift) if isinstance(axis, np.ndarray) else axis
+        if isinstance(axis, np.ndarray):
+            if len(np.unique(axis)) < len(axis) and shift % len(axis):
+                labels.lock(axis, f"{op.where} moves entries that go together past each other")
+            axes[dim] = np.roll(axis, shift)
     labels.set(op.outputs()[0], axes)
 
 
