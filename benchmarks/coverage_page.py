@@ -52,8 +52,8 @@ Made by `benchmarks/coverage.py` and `benchmarks/coverage_page.py`, from network
 weights:
 
     python benchmarks/coverage.py --suite torchvision --compare --json torchvision.jsonl
-    python benchmarks/coverage.py --suite timm --per-family 4 --compare --json timm.jsonl
-    python benchmarks/coverage.py --suite transformers --compare --json transformers.jsonl
+    python benchmarks/coverage.py --suite timm --per-family 4 --json timm.jsonl
+    python benchmarks/coverage.py --suite transformers --json transformers.jsonl
     python benchmarks/coverage_page.py torchvision.jsonl timm.jsonl transformers.jsonl
 
 Of each network three random groups that can be cut lose half of their channels, one group at a
@@ -61,8 +61,9 @@ time. A cut is *exact* where the cut network computes what the original computes
 channels silenced (`tests/oracle.py`; a difference of 1e-4 of the outputs at most, in float64
 where float32 is not enough). Channels that leave the model are not counted, for nobody could
 cut them. Seconds are processor seconds of one thread for `find_groups` (trace, groups and all
-re-trace checks) on a machine that was busy with other work, so they are upper bounds. "Torch-
-Pruning" is version 1.6.1 with the settings of its own examples, on the same networks with the
+re-trace checks) on a machine that was busy with other work, so they are upper bounds. *No answer*
+is a network for which all this together, the forward passes of the comparison in float32 and
+float64 included, took longer than was allowed; nothing is known of its groups. "Torch-Pruning" is version 1.6.1 with the settings of its own examples, on the same networks with the
 same cuts, judged in the same way: *wrong* is a cut network that runs and computes something
 else, *crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm,
 which no cut can do exactly."""
