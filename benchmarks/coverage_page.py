@@ -64,8 +64,8 @@ cut them. Seconds are processor seconds of one thread for `find_groups` (trace, 
 re-trace checks) on a machine that was busy with other work, so they are upper bounds. *No answer*
 is a network for which all this together, the forward passes of the comparison in float32 and
 float64 included, took longer than was allowed; nothing is known of its groups. "Torch-Pruning"
-is version 1.6.1 with the settings of its own examples, on the same networks with the same cuts, judged in the same way: *wrong* is a cut network that runs and computes something
-else, *crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm,
+is version 1.6.1 with the settings of its own examples, on the same networks with the same cuts,
+judged in the same way: *wrong* is a cut network that runs and computes something else, *crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm,
 which no cut can do exactly."""
 
 
