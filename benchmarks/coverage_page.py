@@ -65,8 +65,9 @@ re-trace checks) on a machine that was busy with other work, so they are upper b
 is a network for which all this together, the forward passes of the comparison in float32 and
 float64 included, took longer than was allowed; nothing is known of its groups. "Torch-Pruning"
 is version 1.6.1 with the settings of its own examples, on the same networks with the same cuts,
-judged in the same way: *wrong* is a cut network that runs and computes something else, *crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm,
-which no cut can do exactly."""
+judged in the same way: *wrong* is a cut network that runs and computes something else,
+*crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm, which no
+cut can do exactly."""
 
 
 def joined(text: str) -> str:
