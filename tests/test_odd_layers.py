@@ -239,3 +239,25 @@ class EverySecond(nn.Module):
 def test_what_lies_between_those_taken_is_locked(seed: int) -> None:
     torch.manual_seed(seed)
     assert all(g.locked for g in groups_of(EverySecond(), X).values() if "a" in g.producers)
+
+
+class Sampled(nn.Module):
+    """Noise as in a variational autoencoder, drawn in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.b(self.a(x).relu())
+        return self.o(mean + torch.randn_like(mean))
+
+
+def test_channels_that_random_numbers_are_drawn_for_are_locked() -> None:
+    groups = groups_of(Sampled(), X)
+    assert (
+        groups["b"].locked == "aten.randn_like in the model itself draws random numbers of its size"
+    )
+    assert groups["a"].locked is None
+    small: Any = thinet.cut(Sampled(), X, {"a": [0, 1]})
+    assert small.a.out_channels == 2

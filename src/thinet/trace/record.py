@@ -109,6 +109,7 @@ class Program:
         constants: value id to a tensor that is none of these (made in the model's constructor).
         called: for each module call, its path and the values it returned.
         on_meta: whether it was recorded without computing anything.
+        training: whether it was recorded in training mode.
         decisions: what was decided by data, where it was not on meta.
     """
 
@@ -120,6 +121,7 @@ class Program:
     constants: Mapping[int, torch.Tensor]
     called: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
     on_meta: bool = True
+    training: bool = False
     decisions: tuple[Decision, ...] = field(default=(), repr=False)
 
     @property
@@ -182,9 +184,12 @@ class EnoughError(BaseException):
 class _Recorder(TorchDispatchMode):
     """Writes down each operation that reaches the dispatcher."""
 
-    def __init__(self, stack: list[str], on_meta: bool, watch: Watch | None) -> None:
+    def __init__(
+        self, stack: list[str], on_meta: bool, training: bool, watch: Watch | None
+    ) -> None:
         super().__init__()
         self.on_meta = on_meta
+        self.training = training
         self.watch = watch
         self.stack = stack
         self.ops: list[Op] = []
@@ -260,6 +265,7 @@ class _Recorder(TorchDispatchMode):
             constants=constants,
             called=called,
             on_meta=self.on_meta,
+            training=self.training,
         )
 
 
@@ -312,7 +318,7 @@ def record_replica(
         module_calls(replica) as (stack, calls),
     ):
         warnings.simplefilter("ignore")
-        recorder = _Recorder(stack, on_meta, watch)
+        recorder = _Recorder(stack, on_meta, training, watch)
         named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
         given = recorder.abstract((args, kwargs))
         known = len(recorder.values)

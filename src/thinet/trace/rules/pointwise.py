@@ -32,6 +32,14 @@ new_zeros ones ones_like rand rand_like randn randn_like scalar_tensor zeros zer
 randint_like randperm
 """.split()
 
+DRAWN = frozenset(
+    f"aten.{name}"
+    for name in (
+        *"rand rand_like randn randn_like randint randint_like randperm".split(),
+        *"bernoulli_ exponential_ normal_ random_ uniform_".split(),
+    )
+)
+
 # Their entries say where they are, so they fit no other position.
 POSITIONS = "arange linspace logspace tril_indices triu_indices".split()
 
@@ -64,6 +72,7 @@ def same(labels: Labeller, op: Op) -> None:
     for out in op.outputs():
         if out.shape == source.shape:
             labels.set(out, labels.of(source))
+            _drawn(labels, op, out)
         else:
             labels.set(out, (FIXED,) * len(out.shape))
 
@@ -72,6 +81,13 @@ def new(labels: Labeller, op: Op) -> None:
     """Its size is a number in the forward code; tracing again shows whether it follows a cut."""
     for out in op.outputs():
         labels.set(out, [labels.classes.fresh(n) for n in out.shape])
+        _drawn(labels, op, out)
+
+
+def _drawn(labels: Labeller, op: Op, out: Value) -> None:
+    """Fewer random numbers are other ones: nothing can be exact. Training is never exact."""
+    if op.name in DRAWN and not labels.program.training:
+        labels.lock_all(out, f"{op.where} draws random numbers of its size")
 
 
 def positions(labels: Labeller, op: Op) -> None:
