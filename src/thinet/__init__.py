@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 # Verbs that share their file's name are loaded here, so that the name is always the verb.
 from thinet import errors as errors
-from thinet import export as export
 from thinet.budget import Budget as Budget
 from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
 from thinet.checkpoint import load as load
@@ -55,6 +54,7 @@ from thinet.types import Counts as Counts
 from thinet.types import Slice as Slice
 
 if TYPE_CHECKING:
+    from thinet import export as export
     from thinet.train.config import FinetuneConfig as FinetuneConfig
     from thinet.train.evaluate import evaluate as evaluate
     from thinet.train.finetune import finetune as finetune
@@ -72,6 +72,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":
+        return import_module("thinet.export")
     if name not in _LAZY:
         raise AttributeError(f"module 'thinet' has no attribute {name!r}")
     found = getattr(import_module(_LAZY[name]), name)
@@ -80,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "export"})
