@@ -7,11 +7,17 @@ more than torch and numpy is loaded on first use, so that `import thinet` stays 
 
 from __future__ import annotations
 
+import gc as _gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Imports make no garbage, and a collection among them would go through all of torch.
+_collects = _gc.isenabled()
+_gc.disable()
+
 # Verbs that share their file's name are loaded here, so that the name is always the verb.
 from thinet import errors as errors
+from thinet import export as export
 from thinet.budget import Budget as Budget
 from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
 from thinet.checkpoint import load as load
@@ -53,8 +59,10 @@ from thinet.types import ChannelGroup as ChannelGroup
 from thinet.types import Counts as Counts
 from thinet.types import Slice as Slice
 
+if _collects:
+    _gc.enable()
+
 if TYPE_CHECKING:
-    from thinet import export as export
     from thinet.train.config import FinetuneConfig as FinetuneConfig
     from thinet.train.evaluate import evaluate as evaluate
     from thinet.train.finetune import finetune as finetune
@@ -72,8 +80,6 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":
-        return import_module("thinet.export")
     if name not in _LAZY:
         raise AttributeError(f"module 'thinet' has no attribute {name!r}")
     found = getattr(import_module(_LAZY[name]), name)
@@ -82,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "export"})
+    return sorted({*globals(), *_LAZY})
