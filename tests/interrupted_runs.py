@@ -7,9 +7,7 @@ digest of the run that was killed, and how often it was. Every try is a process 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from tests.killed_runs import killed_run
 from thinet.train.config import FinetuneConfig
 from thinet.train.finetune import FinetuneResult, finetune
 from thinet.train.identity import fingerprint
@@ -72,31 +71,8 @@ def trained(folder: Path | None, pause: float = 0.0, **options: Any) -> Finetune
     )
 
 
-def in_a_process(folder: Path, answer: Path) -> int:
-    child = os.fork()
-    if child == 0:
-        answer.write_text(digest(trained(folder, pause=0.01)))
-        os._exit(0)
-    return child
-
-
-def killed_run(folder: Path, delays: random.Random) -> tuple[str, int]:
-    """Start it, kill it, start it again, until it is through."""
-    answer, kills = folder / "answer", 0
-    while True:
-        child = in_a_process(folder / "run", answer)
-        deadline = time.monotonic() + delays.uniform(0.0, 0.3) * (1 + kills / 10)
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                assert status == 0
-                return answer.read_text(), kills
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return answer.read_text(), kills
-        kills += 1
+def paused_run(folder: Path) -> str:
+    return digest(trained(folder, pause=0.01))
 
 
 def main() -> None:
@@ -106,7 +82,7 @@ def main() -> None:
     rounds = []
     for _ in range(int(sys.argv[2])):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(killed_run(Path(folder), delays))
+            rounds.append(killed_run(paused_run, Path(folder), delays, 0.3))
     print(json.dumps({"whole": whole, "rounds": rounds}))  # noqa: T201
 
 

@@ -7,17 +7,11 @@ more than torch and numpy is loaded on first use, so that `import thinet` stays 
 
 from __future__ import annotations
 
-import gc as _gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Imports make no garbage, and a collection among them would go through all of torch.
-_collects = _gc.isenabled()
-_gc.disable()
-
 # Verbs that share their file's name are loaded here, so that the name is always the verb.
 from thinet import errors as errors
-from thinet import export as export
 from thinet.budget import Budget as Budget
 from thinet.calibrate.batchnorm import recalibrate_bn as recalibrate_bn
 from thinet.checkpoint import load as load
@@ -59,10 +53,8 @@ from thinet.types import ChannelGroup as ChannelGroup
 from thinet.types import Counts as Counts
 from thinet.types import Slice as Slice
 
-if _collects:
-    _gc.enable()
-
 if TYPE_CHECKING:
+    from thinet import export as export
     from thinet.train.config import FinetuneConfig as FinetuneConfig
     from thinet.train.evaluate import evaluate as evaluate
     from thinet.train.finetune import finetune as finetune
@@ -74,6 +66,7 @@ _LAZY = {
     "FinetuneConfig": "thinet.train.config",
     "GroupSparsity": "thinet.train.group_sparsity",
     "evaluate": "thinet.train.evaluate",
+    "export": "thinet.export",
     "finetune": "thinet.train.finetune",
 }
 """Names that are loaded on first use, and where they are defined."""
@@ -82,7 +75,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'thinet' has no attribute {name!r}")
-    found = getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    found = getattr(module, name, module)
     globals()[name] = found
     return found
 

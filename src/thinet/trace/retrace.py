@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from torch import nn
@@ -104,7 +105,8 @@ def learn(
     return progress(together)
 
 
-Draw = Callable[[Sequence[ChannelGroup], np.random.Generator], dict[str, list[int]]]
+# A name of numpy's in quotes: its random numbers are loaded at the first draw, not on import.
+Draw: TypeAlias = "Callable[[Sequence[ChannelGroup], np.random.Generator], dict[str, list[int]]]"
 
 
 def _one(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> dict[str, list[int]]:

@@ -11,94 +11,54 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from thinet.surgery.explicit.between_channels import (
-    ExplicitChannelAttention,
-    ExplicitCrossCovariance,
-    ExplicitFactorised,
-    ExplicitScaledChannelAttention,
-)
-from thinet.surgery.explicit.class_token import ExplicitClassAttention, ExplicitCrossAttention
-from thinet.surgery.explicit.cosine import ExplicitContinuousBias, ExplicitMetaBias
-from thinet.surgery.explicit.fewer_keys import (
-    ExplicitPooledKeys,
-    ExplicitPyramid,
-    ExplicitSubSampled,
-)
-from thinet.surgery.explicit.multihead import ExplicitMultiheadAttention
-from thinet.surgery.explicit.pooled import (
-    ExplicitMaskUnits,
-    ExplicitOutlook,
-    ExplicitPooledQueries,
-)
-from thinet.surgery.explicit.positions import (
-    ExplicitRelPosBias,
-    ExplicitRelPosLookup,
-    ExplicitRelPosMlp,
-)
-from thinet.surgery.explicit.tokens import (
-    ExplicitAttention,
-    ExplicitBlockAttention,
-    ExplicitDecomposedAttention,
-    ExplicitGatedPositions,
-    ExplicitGlobalQueries,
-    ExplicitGridAttention,
-    ExplicitLatentPool,
-    ExplicitLocalAttention,
-    ExplicitMapAttention,
-    ExplicitRelPosAttention,
-    ExplicitRotaryAttention,
-    ExplicitSharedBiasAttention,
-    ExplicitTalkingHeads,
-)
-from thinet.surgery.explicit.windows import (
-    ExplicitRelativeAttention,
-    ExplicitShiftedWindowAttention,
-)
-
-EXPLICIT: Mapping[str, Any] = {
-    "torch.nn.modules.activation.MultiheadAttention": ExplicitMultiheadAttention,
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ExplicitShiftedWindowAttention,
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ExplicitShiftedWindowAttention,
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": ExplicitRelativeAttention,
-    "timm.layers.attention_pool.AttentionPoolLatent": ExplicitLatentPool,
-    "timm.layers.pos_embed_rel.RelPosBias": ExplicitRelPosBias,
-    "timm.layers.pos_embed_rel.RelPosBiasTf": ExplicitRelPosLookup,
-    "timm.layers.pos_embed_rel.RelPosMlp": ExplicitRelPosMlp,
-    "timm.models.beit.Attention": ExplicitSharedBiasAttention,
-    "timm.models.cait.ClassAttn": ExplicitClassAttention,
-    "timm.models.cait.TalkingHeadAttn": ExplicitTalkingHeads,
-    "timm.models.coat.FactorAttnConvRelPosEnc": ExplicitFactorised,
-    "timm.models.convit.GPSA": ExplicitGatedPositions,
-    "timm.models.convit.MHSA": ExplicitAttention,
-    "timm.models.crossvit.CrossAttention": ExplicitCrossAttention,
-    "timm.models.davit.ChannelAttention": ExplicitChannelAttention,
-    "timm.models.davit.ChannelAttentionV2": ExplicitScaledChannelAttention,
-    "timm.models.davit.WindowAttention": ExplicitAttention,
-    "timm.models.edgenext.CrossCovarianceAttn": ExplicitCrossCovariance,
-    "timm.models.eva.EvaAttention": ExplicitRotaryAttention,
-    "timm.models.fastvit.Attention": ExplicitMapAttention,
-    "timm.models.gcvit.WindowAttentionGlobal": ExplicitGlobalQueries,
-    "timm.models.hiera.MaskUnitAttention": ExplicitMaskUnits,
-    "timm.models.hieradet_sam2.MultiScaleAttention": ExplicitPooledQueries,
-    "timm.models.metaformer.Attention": ExplicitAttention,
-    "timm.models.nest.Attention": ExplicitBlockAttention,
-    "timm.models.nextvit.EfficientAttention": ExplicitPooledKeys,
-    "timm.models.pvt_v2.Attention": ExplicitPyramid,
-    "timm.models.swin_transformer_v2.WindowAttention": ExplicitContinuousBias,
-    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": ExplicitMetaBias,
-    "timm.models.twins.GlobalSubSampleAttn": ExplicitSubSampled,
-    "timm.models.twins.LocallyGroupedAttn": ExplicitLocalAttention,
-    "timm.models.vision_transformer_relpos.RelPosAttention": ExplicitRelPosAttention,
-    "timm.models.vision_transformer_sam.Attention": ExplicitDecomposedAttention,
-    "timm.models.volo.Attention": ExplicitGridAttention,
-    "timm.models.volo.OutlookAttention": ExplicitOutlook,
-    "timm.models.xcit.XCA": ExplicitCrossCovariance,
+EXPLICIT: Mapping[str, str] = {
+    "torch.nn.modules.activation.MultiheadAttention": "multihead.MultiheadAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": "windows.ShiftedWindows",
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": "windows.ShiftedWindows",
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": "windows.RelativeAttention",
+    "timm.layers.attention_pool.AttentionPoolLatent": "tokens.LatentPool",
+    "timm.layers.pos_embed_rel.RelPosBias": "positions.RelPosBias",
+    "timm.layers.pos_embed_rel.RelPosBiasTf": "positions.RelPosLookup",
+    "timm.layers.pos_embed_rel.RelPosMlp": "positions.RelPosMlp",
+    "timm.models.beit.Attention": "tokens.SharedBiasAttention",
+    "timm.models.cait.ClassAttn": "class_token.ClassAttention",
+    "timm.models.cait.TalkingHeadAttn": "tokens.TalkingHeads",
+    "timm.models.coat.FactorAttnConvRelPosEnc": "between_channels.Factorised",
+    "timm.models.convit.GPSA": "tokens.GatedPositions",
+    "timm.models.convit.MHSA": "tokens.Attention",
+    "timm.models.crossvit.CrossAttention": "class_token.CrossAttention",
+    "timm.models.davit.ChannelAttention": "between_channels.ChannelAttention",
+    "timm.models.davit.ChannelAttentionV2": "between_channels.ScaledChannelAttention",
+    "timm.models.davit.WindowAttention": "tokens.Attention",
+    "timm.models.edgenext.CrossCovarianceAttn": "between_channels.CrossCovariance",
+    "timm.models.eva.EvaAttention": "tokens.RotaryAttention",
+    "timm.models.fastvit.Attention": "tokens.MapAttention",
+    "timm.models.gcvit.WindowAttentionGlobal": "tokens.GlobalQueries",
+    "timm.models.hiera.MaskUnitAttention": "pooled.MaskUnits",
+    "timm.models.hieradet_sam2.MultiScaleAttention": "pooled.PooledQueries",
+    "timm.models.metaformer.Attention": "tokens.Attention",
+    "timm.models.nest.Attention": "tokens.BlockAttention",
+    "timm.models.nextvit.EfficientAttention": "fewer_keys.PooledKeys",
+    "timm.models.pvt_v2.Attention": "fewer_keys.Pyramid",
+    "timm.models.swin_transformer_v2.WindowAttention": "cosine.ContinuousBias",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": "cosine.MetaBias",
+    "timm.models.twins.GlobalSubSampleAttn": "fewer_keys.SubSampled",
+    "timm.models.twins.LocallyGroupedAttn": "tokens.LocalAttention",
+    "timm.models.vision_transformer_relpos.RelPosAttention": "tokens.RelPosAttention",
+    "timm.models.vision_transformer_sam.Attention": "tokens.DecomposedAttention",
+    "timm.models.volo.Attention": "tokens.GridAttention",
+    "timm.models.volo.OutlookAttention": "pooled.Outlook",
+    "timm.models.xcit.XCA": "between_channels.CrossCovariance",
 }
-"""Class by its full name to the form that takes its place. Subclasses are not touched."""
+"""Class by its full name to the form that takes its place: its file and its name after "Explicit".
+
+Subclasses are not touched. A file is loaded when a network has one of its classes.
+"""
 
 
 def explicit_class(module: nn.Module) -> Any:
@@ -108,8 +68,12 @@ def explicit_class(module: nn.Module) -> Any:
     attribute that the form reads, has none.
     """
     kind = type(module)
-    form = EXPLICIT.get(f"{kind.__module__}.{kind.__qualname__}")
-    return _on(form, kind) if form is not None and _fits(form, module) else None
+    place = EXPLICIT.get(f"{kind.__module__}.{kind.__qualname__}")
+    if place is None:
+        return None
+    file, _, name = place.rpartition(".")
+    form = getattr(import_module(f"{__name__}.{file}"), f"Explicit{name}")
+    return _on(form, kind) if _fits(form, module) else None
 
 
 def make_explicit(module: nn.Module) -> Callable[[], None]:

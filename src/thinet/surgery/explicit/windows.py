@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class ExplicitShiftedWindowAttention(nn.Module):
+class ExplicitShiftedWindows(nn.Module):
     """Swin's attention, both versions: (n, h, w, c) -> (n, h, w, c).
 
     The same parameters and attributes as torchvision's; `head_dim` and `scale` are added.
