@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,15 +9,13 @@ import torch
 from torch import nn
 
 import thinet
+from thinet import one_round
 from thinet.budget import Budget, uniform_widths
 from thinet.errors import BudgetError, OptionError
 from thinet.latency_budget import latency_widths, time_share
 from thinet.trace.analyse import analyse
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-PRUNE = import_module("thinet.prune")  # thinet.prune is the function
 
 
 def net() -> nn.Sequential:
@@ -35,7 +32,7 @@ def of_macs(model: nn.Module, small: nn.Module, inputs: Any) -> float:
 
 @pytest.mark.parametrize("widths", ["error", "uniform"])
 def test_the_share_of_the_clock_is_met(widths: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PRUNE, "time_share", of_macs)
+    monkeypatch.setattr(one_round, "time_share", of_macs)
     model = net()
     result = thinet.prune(model, X, [X], budget=Budget(latency=0.7), widths=widths, divisor=1)
     report = result.report
@@ -46,7 +43,7 @@ def test_the_share_of_the_clock_is_met(widths: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_clock_that_does_not_run_that_slowly_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PRUNE, "time_share", of_macs)
+    monkeypatch.setattr(one_round, "time_share", of_macs)
     model = net()
     with pytest.raises(BudgetError, match=r"latency=0.3 cannot be met: .* can takes 0.5\d\d of"):
         thinet.prune(model, X, [X], budget=Budget(latency=0.3))

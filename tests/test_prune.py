@@ -26,7 +26,7 @@ from thinet.errors import (
     UnknownGroupError,
 )
 from thinet.outcome import PruneResult
-from thinet.prune import Repair
+from thinet.prune_options import Repair
 from thinet.selection import select_groups
 from thinet.trace.analyse import analyse
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from thinet.prune import Repair
+from thinet.prune_options import Repair
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from thinet.budget import Budget
 from thinet.cells import Comparison
 from thinet.criteria import get
 from thinet.errors import OptionError
-from thinet.prune import Repair, Sampling, Widths
+from thinet.prune_options import Repair, Sampling, Widths
 from thinet.types import ExampleInputs, Progress
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from thinet.checkpoint import load, save
 from thinet.count import count
 from thinet.errors import MissingExtraError, VerificationError
 from thinet.outcome import PruneResult
-from thinet.prune import Repair, prune
+from thinet.prune import prune
+from thinet.prune_options import Repair
 from thinet.report.data import Network, Report
 from thinet.report.rows import pruned_groups
 from thinet.seeds import seeded

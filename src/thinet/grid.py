@@ -29,7 +29,8 @@ from thinet.errors import (
 )
 from thinet.journal import Journal
 from thinet.outcome import PruneResult
-from thinet.prune import Repair, prune
+from thinet.prune import prune
+from thinet.prune_options import Repair
 from thinet.seeds import derive
 from thinet.selection import select_groups
 from thinet.trace.analyse import analyse

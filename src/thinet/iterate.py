@@ -10,7 +10,7 @@ from torch import nn
 
 from thinet.budget import Budget
 from thinet.errors import CalibrationError, OptionError
-from thinet.prune import Repair, Sampling
+from thinet.prune_options import Repair, Sampling
 from thinet.recipes import group_by_group, resolve
 from thinet.recipes.recipe import Recipe
 from thinet.types import ExampleInputs, Progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -55,10 +55,10 @@ class PruneReport:
     params_before: int
     params_after: int
     groups: tuple[GroupReport, ...]
-    refitted: tuple[str, ...]
-    not_refitted: Mapping[str, str]
-    refined: Mapping[str, tuple[float, float]]
-    seconds: Mapping[str, float]
+    refitted: tuple[str, ...] = ()
+    not_refitted: Mapping[str, str] = field(default_factory=dict)
+    refined: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

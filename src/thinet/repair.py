@@ -9,7 +9,7 @@ Where the layer's output is added to a shortcut, it also makes up for what the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
-from thinet.calibrate.collect import WIDEST, LayerTargets, Observations
+from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, leave_room
 from thinet.calibrate.layers import Affine, Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
-from thinet.calibrate.patches import dense_weight, output_rows, row_blocks
+from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
 from thinet.calibrate.statistics import site_gram
 from thinet.errors import OptionError
 from thinet.lstsq import solve_full, solve_scale
@@ -201,6 +201,8 @@ class _Pass:
             else:
                 self.skipped[_name(together)] = reason
         self.seen.moments.clear()
+        if self.store is not None:
+            leave_room(self.store, self.execution, self.batches, self.layers)
         self.execution.run(
             self.batches, before=self._before, order=order, meet=self.due, store=self.store
         )
@@ -272,11 +274,8 @@ class _Pass:
             prior = prior.view(groups, -1, prior.shape[1])
             moments = BlockMoments(groups, prior.shape[2], prior.shape[1], **options)
         for use in together:
-            targets = self.seen.targets[self.dense[use.op]]
-            for number, env in enumerate(envs):
-                target = self._target(use, targets, number, env)
-                for rows, phi in row_blocks(env[use.x.id], use.geometry, targets.positions[number]):
-                    moments.add(phi, target[rows])
+            for phi, target in _merged(self._rows(use, envs)):
+                moments.add(phi, target)
         norm = layer.norm if layer.bias is None and len(together) == 1 else None
         new, intercept = solve_full(
             moments.second,
@@ -301,6 +300,14 @@ class _Pass:
             mean = tensors[norm.mean]
             tensors[norm.mean] = mean - intercept.flatten().to(mean)
 
+    def _rows(self, use: Layer, envs: Sequence[Environment]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of the layer's input as it is now, and of what it should make of them."""
+        targets = self.seen.targets[self.dense[use.op]]
+        for number, env in enumerate(envs):
+            target = self._target(use, targets, number, env)
+            for rows, phi in row_blocks(env[use.x.id], use.geometry, targets.positions[number]):
+                yield phi, target[rows]
+
     def _target(self, layer: Layer, targets: LayerTargets, number: int, env: Environment) -> Tensor:
         y, positions = targets.y[number], targets.positions[number]
         outputs = self.kept.get((layer.weight, 0))
@@ -324,6 +331,25 @@ class _Pass:
             gain = gain * tensors[norm.scale]
         dead = gain.abs() < 1e-3 * gain.abs().max()
         return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
+
+
+def _merged(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts in larger pieces, as each sum of products costs a pass over the whole sum."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    entries = 0
+    for phi, target in parts:
+        if waiting and entries + phi.numel() > BLOCK:
+            yield _joined(waiting)
+            waiting, entries = [], 0
+        waiting.append((phi, target))
+        entries += phi.numel()
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    phi, target = zip(*parts, strict=True)
+    return torch.cat(phi), torch.cat(target)
 
 
 def _name(together: Sequence[Layer]) -> str:

@@ -69,7 +69,7 @@ class _Silencing(Execution):
         super().__init__(model)
         self._silent = silent
 
-    def compute(self, op: Op, env: Any) -> None:
+    def compute(self, op: Op, env: Any, *, over: bool = False) -> None:
         kept: dict[int, torch.Tensor] = {}
         for number, dim, indices in self._silent.get(op.index, ()):
             value = op.inputs()[number].id

@@ -19,6 +19,7 @@ from thinet.errors import CalibrationError, OptionError
 
 GIB = 2**30
 DEFAULT = 2.0  # GiB
+_HELD = 0.75  # of the room that the work leaves: allocators do not give all back
 
 
 class Store:
@@ -42,6 +43,7 @@ class Store:
         self.held = 0
         self.spilled = 0  # bytes ever written, for those who look
         self._inside: WeakSet[Kept] = WeakSet()
+        self._puts = 0
         self._file: Any = None
         self._end = 0
         self._free: dict[int, list[int]] = {}
@@ -58,7 +60,7 @@ class Store:
                 f"{needed / GIB:.3g} GiB are needed: {why}"
             )
         bound = max(int(DEFAULT * GIB), needed) if self.bound is None else self.bound
-        self.limit = bound - needed
+        self.limit = int(_HELD * (bound - needed))
         self._shrink()
 
     @contextmanager
@@ -71,19 +73,32 @@ class Store:
         finally:
             self.limit += size
 
-    def put(self, tensor: Tensor) -> Kept:
-        """Keep a tensor, which nobody may write into from now on."""
-        return Kept(self, tensor)
+    def put(self, tensor: Tensor, *, soon: bool = False) -> Kept:
+        """Keep a tensor, which nobody may write into from now on.
+
+        Args:
+            soon: it is read before all that was put without this, which makes room for it.
+        """
+        if soon:
+            self._shrink(tensor.numel() * tensor.element_size(), soon=False)
+        self._puts += 1
+        return Kept(self, tensor, (not soon, self._puts))
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
             self._file.close()
 
-    def _shrink(self) -> None:
-        for kept in sorted(self._inside, key=lambda k: k.size, reverse=True):
-            if self.held <= self.limit:
-                return
+    def _shrink(self, room: int = 0, *, soon: bool = True) -> None:
+        """Spill until there is room, what is read last first; what is read soon only on request."""
+        if self.held + room <= self.limit:
+            return
+        inside = [kept for kept in self._inside if soon or kept.turn[0]]
+        if not soon and self.held + room - sum(kept.size for kept in inside) > self.limit:
+            return  # it would not fit even then
+        for kept in sorted(inside, key=lambda k: k.turn, reverse=True):
             kept.spill()
+            if self.held + room <= self.limit:
+                return
 
     def _write(self, tensor: Tensor, size: int) -> int:
         if self._file is None:
@@ -124,10 +139,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class Kept:
-    """A tensor in a store; its place is free again when nobody holds this any more."""
+    """A tensor in a store; its place is free again when nobody holds this any more.
 
-    def __init__(self, store: Store, tensor: Tensor) -> None:
-        self._store = store
+    Args:
+        turn: sorts what is read earlier before what is read later, as far as one can tell.
+    """
+
+    def __init__(self, store: Store, tensor: Tensor, turn: tuple[bool, int]) -> None:
+        self._store, self.turn = store, turn
         self._place = -1
         self.size = tensor.numel() * tensor.element_size()
         self._form = (tuple(tensor.shape), tensor.dtype, tensor.device)

@@ -310,8 +310,7 @@ def collect(
     passes = [[op for op in solved if op in consumers] if sampling == "exact" else []]
     systems = 0
     if store is not None:
-        systems = SYSTEMS * ENTRY * max((n**2 for n in solved.values()), default=0)
-        store.set_aside(*_work(execution, batches, found.layers, columns, systems))
+        systems = leave_room(store, execution, batches, layers)
         passes = _passes(passes[0], columns, systems + store.limit // 2)
     collector = Collector(
         execution=execution,
@@ -357,26 +356,36 @@ def _passes(ops: Sequence[int], columns: Mapping[int, int], room: int) -> list[l
     return passes
 
 
-def _work(
+def leave_room(
+    store: Store,
     execution: Execution,
     batches: Sequence[ExampleInputs],
     layers: Mapping[int, Layer],
-    columns: Mapping[int, int],
-    systems: int,
-) -> tuple[int, str]:
-    """Bytes that no store can spare, and what they are for."""
+) -> int:
+    """Leave to the work itself what no store can spare; returns the least-squares systems' part.
+
+    Args:
+        layers: of the model that runs.
+
+    Raises:
+        OptionError: the store's bound is less than that.
+    """
     largest = max(batches, key=images_in)
-    images = sum(t.nbytes for batch in batches for t in tensors_in(batch))
-    batch = peak_bytes(execution.program(largest))
+    columns = {op: columns_of(v, execution.tensors[v.weight]) for op, v in layers.items()}
     entries = (math.prod(v.y.shape[:1] + v.y.shape[2:]) * columns[op] for op, v in layers.items())
-    rows = 3 * 4 * min(max(entries, default=0), BLOCK)
-    model = sum(tensor.nbytes for tensor in execution.tensors.values())
+    widest = max((n for n in columns.values() if n <= WIDEST), default=0)
+    systems = SYSTEMS * ENTRY * widest**2
     parts = {
-        "the calibration images": images,
-        f"what the model computes for {images_in(largest)} images at a time": batch,
-        "the inputs of a layer in rows": rows,
+        "the calibration images": sum(t.nbytes for batch in batches for t in tensors_in(batch)),
+        f"what the model computes for {images_in(largest)} images at a time": peak_bytes(
+            execution.program(largest)
+        ),
+        "the inputs of a layer in rows": 3 * 4 * min(max(entries, default=0), BLOCK),
         "the largest least-squares system": systems,
-        "the smaller model": model,
+        "the smaller model": sum(tensor.nbytes for tensor in execution.tensors.values()),
     }
     text = ", ".join(f"{size / GIB:.3g} for {name}" for name, size in parts.items())
-    return sum(parts.values()), f"{text}; calibrate in smaller batches or with fewer images"
+    store.set_aside(
+        sum(parts.values()), f"{text}; calibrate in smaller batches or with fewer images"
+    )
+    return systems

@@ -47,8 +47,8 @@ class Moments:
 
         self.where = where
         self.rows = 0
-        # All sums are of phi - shift and y - y_shift; lower blocks of _upper are stale.
-        self._upper = zeros(columns, columns)
+        # All sums are of phi - shift and y - y_shift; upper blocks of _lower are stale.
+        self._lower = zeros(columns, columns)
         self._phi, self._cross = zeros(columns), zeros(columns, targets)
         self._y, self._yy = zeros(targets), zeros(targets)
         self._shift, self._y_shift = zeros(columns), zeros(targets)
@@ -91,7 +91,7 @@ class Moments:
             self._shifted = True
         for start in range(0, len(phi), _ROWS):
             block = phi[start : start + _ROWS] - self._shift.to(phi.dtype)
-            _add_upper(self._upper, block)
+            _add_lower(self._lower, block)
             self._phi += block.sum(0)
             if y is not None:
                 target = y[start : start + _ROWS] - self._y_shift.to(y.dtype)
@@ -106,12 +106,12 @@ class Moments:
         self._shift, self._y_shift = shift, y_shift
         if not self.rows:
             return
-        self._upper -= torch.outer(step, self._phi)
+        self._lower -= torch.outer(step, self._phi)
         self._cross -= torch.outer(step, self._y)
         self._yy -= 2 * y_step * self._y
         self._phi -= self.rows * step
         self._y -= self.rows * y_step
-        self._upper -= torch.outer(self._phi, step)
+        self._lower -= torch.outer(self._phi, step)
         self._cross -= torch.outer(self._phi, y_step)
         self._yy += self.rows * y_step.square()
 
@@ -120,8 +120,8 @@ class Moments:
         self._wake()
         for start in range(0, self.columns, _PANEL):
             stop = start + _PANEL
-            self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
-        return self._upper
+            self._lower[start:stop, stop:] = self._lower[stop:, start:stop].T
+        return self._lower
 
     @property
     def second(self) -> Tensor:
@@ -170,17 +170,17 @@ class Moments:
 
     def rest(self, store: Store) -> None:
         """Put the large sum into a store; `covariance` and `second` read it there."""
-        self._resting, self._upper = store.put(self._centred()), self._upper.new_empty(0, 0)
+        self._resting, self._lower = store.put(self._centred()), self._lower.new_empty(0, 0)
 
     def _wake(self) -> None:
         if self._resting is not None:
-            self._upper, self._resting = self._resting.take(), None
+            self._lower, self._resting = self._resting.take(), None
 
     def select(self, columns: Tensor) -> Moments:
         """The moments of some of the columns, as if only these had been added."""
         part = Moments(0, where=self.where, device=self._phi.device)
         part.rows, part._shifted = self.rows, self._shifted
-        part._upper = self._centred()[columns][:, columns]
+        part._lower = self._centred()[columns][:, columns]
         part._phi, part._cross = self._phi[columns], self._cross[columns]
         part._y, part._yy = self._y.clone(), self._yy.clone()
         part._shift, part._y_shift = self._shift[columns], self._y_shift.clone()
@@ -233,12 +233,12 @@ class Moments:
         stored = [sums[name].to(torch.float64).clone() for name in _FIELDS[:-1]]
         columns, targets = stored[2].shape
         found = cls(columns, targets, where=where, device=stored[0].device)
-        found._upper, found._phi, found._cross, found._y, found._yy = stored
+        found._lower, found._phi, found._cross, found._y, found._yy = stored
         found.rows = int(sums["rows"])
         return found
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self._upper, self._phi, self._cross, self._y, self._yy
+        return self._lower, self._phi, self._cross, self._y, self._yy
 
     def _unshift(self) -> None:
         self._centred()
@@ -272,8 +272,8 @@ def _first_mean(values: Tensor) -> Tensor:
     return values[:_ROWS].mean(0).float().double()  # a float32, so that float32 rows lose nothing
 
 
-def _add_upper(total: Tensor, block: Tensor) -> None:
+def _add_lower(total: Tensor, block: Tensor) -> None:
     columns = block.shape[1]
     for start in range(0, columns, _PANEL):
         panel = block[:, start : start + _PANEL]
-        total[start : start + _PANEL, start:] += panel.T @ block[:, start:]
+        total[start:, start : start + _PANEL] += block[:, start:].T @ panel

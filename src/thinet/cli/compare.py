@@ -19,7 +19,7 @@ from thinet.cli.inputs import example, network, pictures
 from thinet.compare import compare as side_by_side
 from thinet.criteria import get
 from thinet.errors import OptionError
-from thinet.prune import Repair, Sampling, Widths
+from thinet.prune_options import Repair, Sampling, Widths
 from thinet.report.methods import compared
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 

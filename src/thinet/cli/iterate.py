@@ -20,7 +20,7 @@ from thinet.count import count
 from thinet.iterate import iterate as step_by_step
 from thinet.loop import IterateResult
 from thinet.plan import Plan
-from thinet.prune import Repair, Sampling
+from thinet.prune_options import Repair, Sampling
 from thinet.recipes import resolve
 from thinet.report.data import Group, Network, Report
 from thinet.steps import StepRecord

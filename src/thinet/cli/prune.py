@@ -14,8 +14,8 @@ from thinet.cli.files import REPORTS, check_output, write_report
 from thinet.cli.folders import labelled
 from thinet.cli.inputs import example, network, pictures
 from thinet.plan import Plan
-from thinet.prune import Repair, Sampling, Widths
 from thinet.prune import prune as cut_and_repair
+from thinet.prune_options import Repair, Sampling, Widths
 from thinet.recipes import resolve
 from thinet.recipes.apply import prune_by_recipe
 from thinet.repair import RepairSettings

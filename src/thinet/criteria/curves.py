@@ -22,7 +22,7 @@ def removal_errors(gram: Tensor, removed: Sequence[int]) -> tuple[float, ...]:
         len(removed) + 1 errors, the first 0. They may fall where channels cancel each other.
     """
     index = torch.tensor(removed, device=gram.device)
-    ordered = gram.double()[index][:, index]
+    ordered = gram.double()[index[:, None], index]
     steps = ordered.diagonal() + 2 * ordered.tril(-1).sum(1)
     return 0.0, *steps.cumsum(0).tolist()
 
@@ -77,7 +77,7 @@ def refit_errors(
     )
     rank = torch.where(owner >= 0, stays[owner], 0)  # 0 stays for good, 1 goes last
     place = rank.argsort(stable=True)
-    ordered = second[place][:, place].double()
+    ordered = second[place[:, None], place].double()
     factor, _ = cholesky(_raise(ordered, ridge), name)
     lost = (factor.T @ columns[:, place].T).square().sum(1)
     per_unit = lost.new_zeros(len(removed) + 1).index_add_(0, rank[place], lost)

@@ -17,7 +17,8 @@ from thinet.errors import CalibrationError
 from thinet.lstsq import solve_full
 from thinet.outcome import PruneResult
 from thinet.plan import Plan, Replacement
-from thinet.prune import Repair, Sampling, prune
+from thinet.prune import prune
+from thinet.prune_options import Repair, Sampling
 from thinet.recipes import resolve
 from thinet.recipes.recipe import Recipe
 from thinet.repair import RepairSettings

@@ -79,7 +79,7 @@ class Environment(dict[int, Tensor]):
             place = storage.data_ptr()
             if place not in kept:
                 bare = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-                kept[place] = self._store.put(bare.set_(storage))
+                kept[place] = self._store.put(bare.set_(storage), soon=True)
             offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
             self._resting[i] = kept[place], (tensor.dtype, offset, tuple(shape), tuple(stride))
             del self[i]

@@ -20,6 +20,7 @@ from thinet.observe import plain_attention, preserved_rng
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.environment import Environment
+from thinet.trace.in_place import overwriting, run_over
 from thinet.trace.record import (
     Op,
     Program,
@@ -153,8 +154,12 @@ class Execution:
             env[value_id] = self.tensors[program.names[value_id]].clone()
         return Environment(program, env, self.tensors, store)
 
-    def compute(self, op: Op, env: dict[int, torch.Tensor]) -> None:
-        """Run one operation on one batch's tensors."""
+    def compute(self, op: Op, env: dict[int, torch.Tensor], *, over: bool = False) -> None:
+        """Run one operation on one batch's tensors.
+
+        Args:
+            over: it may write over its first input, which is gone then.
+        """
 
         def real(x: Any) -> Any:
             if isinstance(x, Value):
@@ -164,7 +169,12 @@ class Execution:
             return x
 
         device = next(iter(self.tensors.values())).device
-        result = _call(op, *tree_map(real, (op.args, op.kwargs)))
+        args, kwargs = tree_map(real, (op.args, op.kwargs))
+        if over and device.type == "cpu":
+            result = run_over(op, *args)
+            del env[op.args[0].id]
+        else:
+            result = _call(op, args, kwargs)
         for value, tensor in zip(tree_flatten(op.result)[0], tree_flatten(result)[0], strict=True):
             if isinstance(value, Value):
                 env[value.id] = tensor
@@ -192,6 +202,7 @@ class Lane:
         self.done: set[int] = set()
         self._execution, self._programs = execution, programs
         self._uses = [_uses(program) for program in programs]
+        self._over = [overwriting(program) for program in programs]
 
     def step(
         self, index: int, *, before: Observer | None = None, after: Observer | None = None
@@ -210,15 +221,17 @@ class Lane:
 
         Args:
             before: called once, before the first operation.
-            after: called once; what the stretch has read is freed then.
+            after: called once; what the stretch has read is freed then, if it was not written
+                over (see `overwriting`).
         """
         if before is not None:
             before(self.program.ops[indices[0]], self.envs)
-        for program, env, left in zip(self._programs, self.envs, self._uses, strict=True):
+        batches = zip(self._programs, self.envs, self._uses, self._over, strict=True)
+        for program, env, left, over in batches:
             ops = [program.ops[index] for index in indices]
             env.wake(ops)
             for op in ops:
-                self._execution.compute(op, env)
+                self._execution.compute(op, env, over=op.index in over)
                 if after is None:
                     _free(op, env, left)
             env.rest()
