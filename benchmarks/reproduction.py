@@ -98,6 +98,11 @@ class Vgg16(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
+def small_vgg16() -> Vgg16:
+    """What two cores can train: a quarter of the width at 64 pixels, with BatchNorm, 10 classes."""
+    return Vgg16(0.25, 64, 10, norm=True)
+
+
 def main() -> None:
     args = arguments()
     if args.threads:

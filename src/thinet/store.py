@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import mmap
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -19,7 +20,8 @@ from thinet.errors import CalibrationError, OptionError
 
 GIB = 2**30
 DEFAULT = 2.0  # GiB
-_HELD = 0.75  # of the room that the work leaves: allocators do not give all back
+_OWN, _LARGE = 2**18, 2**25  # bytes between which tensors that wait long get memory of their own
+_HELD = 0.8  # of the room that the work leaves: allocators do not give all back
 
 
 class Store:
@@ -134,6 +136,17 @@ class Store:
         self._free.setdefault(size, []).append(place)
 
 
+def _in_own_memory(tensor: Tensor) -> Tensor:
+    """A copy in pages of its own, which go back to the system at once when it is let go.
+
+    What was allocated among other things may stay with the process, in pieces that the larger
+    tensors to come have no use for.
+    """
+    size = tensor.numel() * tensor.element_size()
+    pages = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast("Any", tensor.numpy()))
 
@@ -156,6 +169,8 @@ class Kept:
         else:
             store.held += self.size
             store._inside.add(self)
+            if _OWN <= self.size < _LARGE and tensor.device.type == "cpu" and turn[0]:
+                self._tensor = _in_own_memory(tensor)
 
     def get(self) -> Tensor:
         """The tensor; read anew each time where it is in the file."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thinet.calibrate.batches import images_in, tensors_in
 from thinet.calibrate.gram import gram_rows, unit_sums
 from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
-from thinet.calibrate.moments import Moments
+from thinet.calibrate.moments import Moments, sum_bytes
 from thinet.calibrate.patches import (
     BLOCK,
     dense_weight,
@@ -328,7 +328,7 @@ def collect(
     images = sum(images_in(batch) for batch in batches)
     for turn, measured in enumerate(passes):
         collector.measured, collector.again = measured, turn > 0
-        size = sum(ENTRY * columns[op] ** 2 for op in measured)
+        size = sum(sum_bytes(columns[op]) for op in measured)
         with nullcontext() if store is None else store.reserved(max(size - systems, 0)):
             for number, batch in enumerate(batches):
                 collector.share, collector.batch = images_in(batch) / images, number
@@ -347,7 +347,7 @@ def _passes(ops: Sequence[int], columns: Mapping[int, int], room: int) -> list[l
     passes: list[list[int]] = [[]]
     left = room
     for op in sorted(ops):
-        size = ENTRY * columns[op] ** 2
+        size = sum_bytes(columns[op])
         if size > left and passes[-1]:
             passes.append([])
             left = room

@@ -47,13 +47,14 @@ class Moments:
 
         self.where = where
         self.rows = 0
-        # All sums are of phi - shift and y - y_shift; upper blocks of _lower are stale.
-        self._lower = zeros(columns, columns)
+        # All sums are of phi - shift and y - y_shift. Of phi phi' the lower triangle is kept:
+        # strip i is (columns - i * _PANEL, _PANEL), from its part of the diagonal downwards.
+        self._strips = [zeros(columns - i, min(_PANEL, columns - i)) for i in _starts(columns)]
         self._phi, self._cross = zeros(columns), zeros(columns, targets)
         self._y, self._yy = zeros(targets), zeros(targets)
         self._shift, self._y_shift = zeros(columns), zeros(targets)
         self._shifted = False
-        self._resting: Kept | None = None
+        self._resting: list[Kept] = []
 
     @property
     def columns(self) -> int:
@@ -91,7 +92,8 @@ class Moments:
             self._shifted = True
         for start in range(0, len(phi), _ROWS):
             block = phi[start : start + _ROWS] - self._shift.to(phi.dtype)
-            _add_lower(self._lower, block)
+            for i, strip in zip(_starts(self.columns), self._strips, strict=True):
+                strip += block[:, i:].T @ block[:, i : i + _PANEL]
             self._phi += block.sum(0)
             if y is not None:
                 target = y[start : start + _ROWS] - self._y_shift.to(y.dtype)
@@ -106,22 +108,27 @@ class Moments:
         self._shift, self._y_shift = shift, y_shift
         if not self.rows:
             return
-        self._lower -= torch.outer(step, self._phi)
+        self._subtract_outer(step, self._phi)
         self._cross -= torch.outer(step, self._y)
         self._yy -= 2 * y_step * self._y
         self._phi -= self.rows * step
         self._y -= self.rows * y_step
-        self._lower -= torch.outer(self._phi, step)
+        self._subtract_outer(self._phi, step)
         self._cross -= torch.outer(self._phi, y_step)
         self._yy += self.rows * y_step.square()
 
+    def _subtract_outer(self, left: Tensor, right: Tensor) -> None:
+        for i, strip in zip(_starts(self.columns), self._strips, strict=True):
+            strip.addr_(left[i:], right[i : i + _PANEL], alpha=-1)
+
     def _centred(self) -> Tensor:
-        """(d, d) sum of (phi - shift)(phi - shift)', both triangles."""
-        self._wake()
-        for start in range(0, self.columns, _PANEL):
-            stop = start + _PANEL
-            self._lower[start:stop, stop:] = self._lower[stop:, start:stop].T
-        return self._lower
+        """(d, d) sum of (phi - shift)(phi - shift)', a new matrix."""
+        full = self._phi.new_empty(self.columns, self.columns)
+        strips = (kept.get() for kept in self._resting) if self._resting else self._strips
+        for i, strip in zip(_starts(self.columns), strips, strict=True):
+            full[i:, i : i + _PANEL] = strip
+            full[i : i + _PANEL, i + _PANEL :] = strip[_PANEL:].T
+        return full
 
     @property
     def second(self) -> Tensor:
@@ -152,11 +159,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """(d, d) mean of (phi - mean)(phi - mean)'."""
         offset = self._phi / self._counted()
-        if self._resting is None:
-            total = self._centred() / self.rows
-        else:
-            total = self._resting.take().div_(self.rows)
-        return total.addr_(offset, offset, alpha=-1)
+        return self._centred().div_(self.rows).addr_(offset, offset, alpha=-1)
 
     def cross_covariance(self) -> Tensor:
         """(d, N) mean of (phi - mean)(y - mean)'."""
@@ -170,17 +173,18 @@ class Moments:
 
     def rest(self, store: Store) -> None:
         """Put the large sum into a store; `covariance` and `second` read it there."""
-        self._resting, self._lower = store.put(self._centred()), self._lower.new_empty(0, 0)
+        self._wake()
+        self._resting, self._strips = [store.put(strip) for strip in self._strips], []
 
     def _wake(self) -> None:
-        if self._resting is not None:
-            self._lower, self._resting = self._resting.take(), None
+        if self._resting:
+            self._strips, self._resting = [kept.take() for kept in self._resting], []
 
     def select(self, columns: Tensor) -> Moments:
         """The moments of some of the columns, as if only these had been added."""
         part = Moments(0, where=self.where, device=self._phi.device)
         part.rows, part._shifted = self.rows, self._shifted
-        part._lower = self._centred()[columns][:, columns]
+        part._strips = _strips(self._centred()[columns[:, None], columns])
         part._phi, part._cross = self._phi[columns], self._cross[columns]
         part._y, part._yy = self._y.clone(), self._yy.clone()
         part._shift, part._y_shift = self._shift[columns], self._y_shift.clone()
@@ -199,7 +203,7 @@ class Moments:
             )
         theirs = other.select(torch.arange(other.columns, device=other._phi.device))
         theirs._move(self._shift.to(theirs._phi.device), self._y_shift.to(theirs._y.device))
-        self._centred()
+        self._wake()
         for sums, more in zip(self._sums(), theirs._sums(), strict=True):
             sums += more.to(sums.device)
         self.rows += other.rows
@@ -218,7 +222,8 @@ class Moments:
         """Plain sums by name, to be written to a file; `from_tensors` is the way back."""
         plain = self.select(torch.arange(self.columns, device=self._phi.device))
         plain._unshift()
-        return dict(zip(_FIELDS, (*plain._sums(), torch.tensor(self.rows)), strict=True))
+        sums = plain._centred(), plain._phi, plain._cross, plain._y, plain._yy
+        return dict(zip(_FIELDS, (*sums, torch.tensor(self.rows)), strict=True))
 
     @classmethod
     def from_tensors(cls, sums: dict[str, Tensor], *, where: str = "the moments") -> Moments:
@@ -232,16 +237,18 @@ class Moments:
             raise CalibrationError(f"{where}: no {', '.join(missing)} among the stored sums")
         stored = [sums[name].to(torch.float64).clone() for name in _FIELDS[:-1]]
         columns, targets = stored[2].shape
-        found = cls(columns, targets, where=where, device=stored[0].device)
-        found._lower, found._phi, found._cross, found._y, found._yy = stored
+        found = cls(0, targets, where=where, device=stored[0].device)
+        found._shift = stored[1].new_zeros(columns)
+        second, found._phi, found._cross, found._y, found._yy = stored
+        found._strips = _strips(second)
         found.rows = int(sums["rows"])
         return found
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self._lower, self._phi, self._cross, self._y, self._yy
+        return *self._strips, self._phi, self._cross, self._y, self._yy
 
     def _unshift(self) -> None:
-        self._centred()
+        self._wake()
         self._move(torch.zeros_like(self._shift), torch.zeros_like(self._y_shift))
         self._shifted = False
 
@@ -272,8 +279,15 @@ def _first_mean(values: Tensor) -> Tensor:
     return values[:_ROWS].mean(0).float().double()  # a float32, so that float32 rows lose nothing
 
 
-def _add_lower(total: Tensor, block: Tensor) -> None:
-    columns = block.shape[1]
-    for start in range(0, columns, _PANEL):
-        panel = block[:, start : start + _PANEL]
-        total[start:, start : start + _PANEL] += block[:, start:].T @ panel
+def sum_bytes(columns: int) -> int:
+    """Memory of the sum of phi phi' over so many columns."""
+    return sum(8 * (columns - i) * min(_PANEL, columns - i) for i in _starts(columns))
+
+
+def _starts(columns: int) -> range:
+    """Where the strips of the lower triangle begin."""
+    return range(0, columns, _PANEL)
+
+
+def _strips(full: Tensor) -> list[Tensor]:
+    return [full[i:, i : i + _PANEL].clone() for i in _starts(len(full))]
