@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import thinet
+from thinet.errors import NothingLeftError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -261,3 +262,53 @@ def test_channels_that_random_numbers_are_drawn_for_are_locked() -> None:
     assert groups["a"].locked is None
     small: Any = thinet.cut(Sampled(), X, {"a": [0, 1]})
     assert small.a.out_channels == 2
+
+
+class LastTwo(nn.Module):
+    """`-0:` would take all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 2
+        self.a, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(10, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.o(torch.cat([y[:, -self.count :], y], 1))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_slice_may_not_lose_all_that_it_takes(verify: bool) -> None:
+    model = LastTwo().eval()
+    small: Any = thinet.cut(model, X, {"a": [0, 7]}, verify=verify)
+    assert small.count == 1 and small.o.in_channels == 3
+    text = r"left of the channels that the model.count counts; .*: a \[6, 7\]"
+    with pytest.raises(NothingLeftError, match=text):
+        thinet.cut(model, X, {"a": [0, 1]}, verify=verify)
+    assert model.count == 2
+
+
+class Pieces(nn.Module):
+    """Two pieces of unlike size; a pooling cannot run on no channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = 2
+        self.a, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        few, rest = y.split([self.few, y.shape[1] - self.few], 1)
+        return self.o(torch.cat([F.max_pool2d(few, 2), F.max_pool2d(rest, 2)], 1))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_piece_of_a_split_may_not_lose_all(verify: bool) -> None:
+    model = Pieces().eval()
+    group = groups_of(model, X)["a"]
+    assert group.channels == 8 and group.locked is None
+    small: Any = thinet.cut(model, X, {"a": [1, 5]}, verify=verify)
+    assert small.few == 1 and small(X).shape[1] == 5
+    for keep in ([0, 1], [2, 3, 4, 5, 6, 7]):
+        with pytest.raises(NothingLeftError, match="nothing would be left of the channels that"):
+            thinet.cut(model, X, {"a": keep}, verify=verify)

@@ -289,18 +289,21 @@ class Experts(nn.Module):
         return self.head(torch._grouped_mm(x, self.down, offs=ends))
 
 
-def test_experts_keep_the_widths_that_their_product_needs() -> None:
-    model = randomise(Experts()).eval()
-    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(7))
+@pytest.mark.parametrize(("dtype", "together"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_experts_keep_strides_of_16_bytes(dtype: torch.dtype, together: int) -> None:
+    model = randomise(Experts()).eval().to(dtype)
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(7)).to(dtype)
     groups = thinet.find_groups(model, x)
-    assert {g.channels for g in groups} == {16, 32, 8, 4}
-    for g in groups:
-        if g.name == "head":
-            assert g.locked == "it is an output of the model"
-        elif g.locked is None:
-            check(model, x, groups, {g.name: [0]}, thinet.cut)
-        else:
-            assert "_grouped_mm" in g.locked
+    units = [g for g in groups if g.name != "head"]
+    assert [g.channels * together for g in units] == [16, 32, 8]
+    assert all(g.locked is None for g in units)
+    for g in units:
+        keep = {g.name: [g.channels - 1]}
+        small = thinet.cut(model, x, keep)  # verified
+        assert small(x).shape == (10, 4)
+        if dtype == torch.float32:
+            check(model, x, groups, keep, thinet.cut)
+    assert thinet.cut(model, x, {units[1].name: [0]}).up.shape == (2, 16, together)
 
 
 # --- an operator of torchvision -------------------------------------------------------------

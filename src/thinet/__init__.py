@@ -29,6 +29,7 @@ from thinet.errors import IndicesError as IndicesError
 from thinet.errors import LockedGroupError as LockedGroupError
 from thinet.errors import MissingExtraError as MissingExtraError
 from thinet.errors import ModelError as ModelError
+from thinet.errors import NothingLeftError as NothingLeftError
 from thinet.errors import OptionError as OptionError
 from thinet.errors import RecipeError as RecipeError
 from thinet.errors import RepairError as RepairError

@@ -15,7 +15,7 @@ from thinet.surgery.apply import apply_plan
 from thinet.surgery.optimizer import cut_optimizer
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
-from thinet.trace.planning import make_plan
+from thinet.trace.planning import check_left, make_plan
 from thinet.trace.replica import copied
 from thinet.types import ChannelGroup, ExampleInputs, check_indices
 from thinet.verify import verify_cut
@@ -83,7 +83,8 @@ def cut(
     Raises:
         LockedGroupError: a group may not be cut; the text says why.
         UnknownGroupError: no group has that name.
-        IndicesError: indices that are empty, repeated or out of range (a ValueError).
+        IndicesError: indices that are empty, repeated or out of range (a ValueError), or that leave
+            nothing of a slice or a piece of a split (NothingLeftError).
         VerificationError: the cut model differs; it is not returned.
         OptionError: the optimizer's state of a cut parameter does not have its shape, or choices
             that the model does not leave, or a model without data that is to be verified.
@@ -96,6 +97,7 @@ def cut(
             "load the weights, or cut the shapes alone with verify=False"
         )
     checked = check_keep(analysis.groups, keep)
+    check_left(analysis, checked)
     plan = make_plan(analysis, model, checked)
     small = apply_to_copy(model, plan)
     if verify:

@@ -16,6 +16,10 @@ class IndicesError(OptionError):
     """Keep indices that are empty, repeated or out of range."""
 
 
+class NothingLeftError(IndicesError):
+    """Indices that leave nothing of a slice, or of a piece of a split."""
+
+
 class UnknownGroupError(ThinetError, LookupError):
     """A group name that is not in the model."""
 

@@ -27,7 +27,7 @@ from thinet.refine import Refined, refine
 from thinet.repair import Repaired, repair_full, repair_scale
 from thinet.store import Store
 from thinet.trace.groups import Analysis
-from thinet.trace.planning import make_plan
+from thinet.trace.planning import check_left, make_plan
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 from thinet.verify import verify_cut
 
@@ -113,6 +113,7 @@ def one_round(
     kept = dict(known) if known is not None else _widths(task, groups, curves)
     keep = {g.name: orders[g.name].keep(kept[g.name]) for g in groups if kept[g.name] < g.channels}
     clock.lap("choosing")
+    check_left(task.analysis, keep)
     plan = make_plan(task.analysis, model, keep)
     small = apply_to_copy(model, plan)
     if options.verify:

@@ -21,6 +21,11 @@ import numpy.typing as npt
 
 from thinet.trace.record import Op, Program, Value, values_of
 
+BY_NUMBER = frozenset(
+    f"aten.{name}" for name in "slice select split split_with_sizes chunk roll flip narrow".split()
+)
+"""Operations that count along an axis."""
+
 Vector = npt.NDArray[np.int64]
 
 
@@ -282,6 +287,19 @@ class Labeller:
         key = f"{op.module}:{kind}"
         self.made.setdefault(key, self.choices.get(key, default))
         return self.made[key]
+
+    @cached_property
+    def pieces(self) -> list[tuple[Op, Vector]]:
+        """Operations that take some channels by number, with the labels of each piece."""
+        found: list[tuple[Op, Vector]] = []
+        for op in self.program.ops:
+            if op.name in BY_NUMBER:
+                given = [axis for axis in self.of(op.args[0]) if isinstance(axis, np.ndarray)]
+                for out in op.outputs():
+                    for axis in self.of(out):
+                        if isinstance(axis, np.ndarray) and not any(axis is g for g in given):
+                            found.append((op, axis))
+        return found
 
     @cached_property
     def readers(self) -> dict[int, list[Op]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
+from thinet.errors import NothingLeftError
 from thinet.plan import AttributeChange, Plan, Replacement
 from thinet.surgery.apply import named_tensors
 from thinet.surgery.attributes import attribute_changes
@@ -60,6 +62,46 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
         attributes=attributes,
         replaced=explicit_modules(model, [*shapes, *(f"{c.module}." for c in attributes)]),
     )
+
+
+def left_empty(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> list[Emptied]:
+    """What would be left with no channel: slices, pieces of splits, attributes that count some."""
+    gone, classes = removed_classes(analysis, keep), analysis.labeller.classes
+    counted = [(f"{f.module or 'the model'}.{f.attribute}", f.labels) for f in analysis.followed]
+    taken = [(f"{op.where} takes", labels) for op, labels in analysis.labeller.pieces]
+    found: list[Emptied] = []
+    for what, labels in (*((f"{name} counts", labels) for name, labels in counted), *taken):
+        roots = classes.find(labels)
+        if len(roots) and gone[roots].all():
+            units = {
+                group.name: np.flatnonzero(np.isin(analysis.roots[group.name], roots)).tolist()
+                for group in analysis.groups
+            }
+            found.append(Emptied(what, {name: some for name, some in units.items() if some}))
+    return found
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """What a cut would leave nothing of, and the units of each group that it is made of."""
+
+    what: str
+    units: Mapping[str, Sequence[int]]
+
+
+def check_left(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> None:
+    """See that forward code has a channel left of whatever it takes some of.
+
+    Raises:
+        NothingLeftError: it has not; `x[:, -0:]`, for one, is all of x, and few operations run on
+            no channel.
+    """
+    for emptied in left_empty(analysis, keep):
+        units = ", ".join(f"{name} {list(some)}" for name, some in emptied.units.items())
+        raise NothingLeftError(
+            f"nothing would be left of the channels that {emptied.what}; keep one of these units "
+            f"at least: {units}"
+        )
 
 
 def followed_changes(

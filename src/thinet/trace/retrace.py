@@ -16,7 +16,8 @@ from torch import nn
 
 from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
-from thinet.trace.labels import Labeller
+from thinet.trace.labels import BY_NUMBER, Labeller
+from thinet.trace.planning import left_empty
 from thinet.trace.probe import Mismatch, Trial, probe, trial
 from thinet.trace.replica import Call
 from thinet.types import ChannelGroup
@@ -55,7 +56,7 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     hopeless: set[tuple[type[nn.Module], str]] = set()
     for draw in (_one, _uneven, _random, *parted):
         while suspects:
-            keep = draw(list(suspects.values()), rng)
+            keep = _with_some_left(analysis, draw(list(suspects.values()), rng))
             if not keep:
                 break
             tried = trial(analysis, pristine, keep)
@@ -136,9 +137,13 @@ def _part(chosen: set[str], units: str) -> Draw:
     return draw
 
 
-BY_NUMBER = frozenset(
-    f"aten.{name}" for name in "slice select split split_with_sizes chunk roll flip narrow".split()
-)
+def _with_some_left(analysis: Analysis, keep: dict[str, list[int]]) -> dict[str, list[int]]:
+    """With one unit more of whatever nothing would be left of, as no cut may do that."""
+    for emptied in left_empty(analysis, keep):
+        for name, some in emptied.units.items():
+            if name in keep:
+                keep[name] = sorted({*keep[name], some[0]})
+    return keep
 
 
 def _counted_along(labeller: Labeller, analysis: Analysis) -> dict[str, int]:

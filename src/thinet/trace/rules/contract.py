@@ -146,8 +146,15 @@ def embedding(labels: Labeller, op: Op) -> None:
     labels.mixings.append(Mixing(op, FIXED, FIXED, made, (), 0))
 
 
+STRIDE = 16
+"""Bytes that strides of a product by groups are multiples of."""
+
+
 def grouped_matmul(labels: Labeller, op: Op) -> None:
-    """Experts: rows (t, k) times the matrix (g, k, m) of the expert that each row is sent to."""
+    """Experts: rows (t, k) times the matrix (g, k, m) of the expert that each row is sent to.
+
+    The kernels want strides of 16 bytes, so as many neighbours as make them go together.
+    """
     a, b = op.args[:2]
     (out,) = op.outputs()
     if len(a.shape) != 2 or len(b.shape) != 3:
@@ -160,6 +167,10 @@ def grouped_matmul(labels: Labeller, op: Op) -> None:
     shared = labels.join(left, right, op.where)
     for bias in op.inputs()[3:]:
         made = labels.join(made, labels.of(bias)[-1], op.where)
+    together = max(STRIDE // a.dtype.itemsize, 1)
+    for axis in (shared, made):
+        if isinstance(axis, np.ndarray) and len(axis) % together == 0:
+            labels.tie(axis.reshape(-1, together))
     labels.set(out, (FIXED, made))
     factors, sizes = (shared, made), (a.shape[1], b.shape[2])
     times = a.shape[0] * prod(n for n, f in zip(sizes, factors, strict=True) if not labelled(f))
