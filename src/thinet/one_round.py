@@ -66,7 +66,7 @@ class Task:
             "keep": share(self.groups, widths),
         }
 
-    def time_share(self, widths: Mapping[str, int]) -> float:
+    def share_of_time(self, widths: Mapping[str, int]) -> float:
         """Measured time of the network cut to these widths, of the dense one's."""
         any_units = {name: range(width) for name, width in widths.items()}
         small = apply_to_copy(self.model, make_plan(self.analysis, self.model, any_units))
@@ -84,7 +84,7 @@ def known_widths(task: Task) -> dict[str, int] | None:
         if task.by_error:
             return None
         return latency_widths(
-            budget, lambda at: uniform_widths(at, task.groups, costs), task.time_share
+            budget, lambda at: uniform_widths(at, task.groups, costs), task.share_of_time
         )
     widths = uniform_widths(budget, task.groups, costs)
     if task.by_error:
@@ -232,7 +232,7 @@ def _widths(
         )  # fmt: skip
 
     if task.budget.kind == "latency":
-        return latency_widths(task.budget, widths_at, task.time_share)
+        return latency_widths(task.budget, widths_at, task.share_of_time)
     return widths_at(task.budget)
 
 
