@@ -312,3 +312,22 @@ def test_a_piece_of_a_split_may_not_lose_all(verify: bool) -> None:
     for keep in ([0, 1], [2, 3, 4, 5, 6, 7]):
         with pytest.raises(NothingLeftError, match="nothing would be left of the channels that"):
             thinet.cut(model, X, {"a": keep}, verify=verify)
+
+
+class Gates(nn.Module):
+    """Each of the gates is taken by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, y = self.g(x), self.a(x)
+        return self.o(sum(y * gates[:, i : i + 1] for i in range(2)))
+
+
+def test_channels_that_are_taken_one_by_one_are_locked() -> None:
+    groups = groups_of(Gates(), X)
+    assert groups["g"].locked is not None
+    assert "aten.slice in the model itself takes one of it alone" in groups["g"].locked
+    assert groups["a"].locked is None

@@ -52,7 +52,9 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
         for value in (0, 1)
         for each in units[:3]
     ]
-    refused: list[tuple[ChannelGroup, Mismatch]] = []
+    refused = _taken_alone(analysis, suspects)
+    for group, _ in refused:
+        del suspects[group.name]
     hopeless: set[tuple[type[nn.Module], str]] = set()
     for draw in (_one, _uneven, _random, *parted):
         while suspects:
@@ -135,6 +137,20 @@ def _part(chosen: set[str], units: str) -> Draw:
         return {g.name: list(range(first, g.channels - 1 + first)) for g in picked}
 
     return draw
+
+
+def _taken_alone(
+    analysis: Analysis, suspects: Mapping[str, ChannelGroup]
+) -> list[tuple[ChannelGroup, Mismatch]]:
+    """Groups with a unit that makes a slice or a piece by itself, so that it may never go."""
+    found: dict[str, tuple[ChannelGroup, Mismatch]] = {}
+    for op, labels in analysis.labeller.pieces:
+        roots = frozenset(analysis.labeller.classes.find(labels).tolist())
+        for group in suspects.values() if len(roots) == 1 else ():
+            if not roots.isdisjoint(analysis.roots[group.name].tolist()):
+                why = Mismatch(f"{op.where} takes one of it alone", op.module, roots, op.index)
+                found.setdefault(group.name, (group, why))
+    return list(found.values())
 
 
 def _with_some_left(analysis: Analysis, keep: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -28,8 +28,6 @@ def slice_(labels: Labeller, op: Op) -> None:
         part = np.zeros(len(axis), dtype=bool)
         part[start:end:step] = True
         torn(labels, op, axis, part)
-        if not part.all():
-            one_alone(labels, op, axis[part])
         axes[dim] = axis[part]
     labels.set(op.outputs()[0], axes)
 
@@ -48,12 +46,6 @@ def torn(labels: Labeller, op: Op, axis: Vector, part: np.ndarray) -> None:
         rows = taken.reshape(number, -1) if alike else taken[:, None]
         if not (rows == rows[0]).all():
             labels.lock(both, f"{op.where} takes apart what goes together")
-
-
-def one_alone(labels: Labeller, op: Op, piece: Vector) -> None:
-    """Lock a channel that makes a piece by itself: nothing would be left of it."""
-    if len(np.unique(labels.classes.find(piece))) == 1:
-        labels.lock(piece, f"{op.where} takes it alone")
 
 
 def select(labels: Labeller, op: Op) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller, labelled
 from thinet.trace.record import Op, Value
-from thinet.trace.rules.indexing import one_alone, torn
+from thinet.trace.rules.indexing import torn
 
 
 def cat(labels: Labeller, op: Op) -> None:
@@ -65,8 +65,6 @@ def split(labels: Labeller, op: Op) -> None:
             part = axis[start:end]
             places = np.arange(len(axis))
             torn(labels, op, axis, (places >= start) & (places < end))
-            if len(part) < len(axis):
-                one_alone(labels, op, part)
         labels.set(piece, (*axes[:dim], part, *axes[dim + 1 :]))
         start = end
 
