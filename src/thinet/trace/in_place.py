@@ -7,7 +7,7 @@ giving it: a BatchNorm over a large batch takes a fifth of the time, and gives t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ def _norm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-_IN_PLACE: dict[str, Callable[..., Any]] = {
+IN_PLACE: Mapping[str, Callable[..., Any]] = {
     "aten.native_batch_norm": _norm,
     "aten.relu": torch.relu_,
 }
+"""Operations in the memory of their first input, by name."""
 
 
 def overwriting(program: Program) -> frozenset[int]:
@@ -57,11 +58,6 @@ def overwriting(program: Program) -> frozenset[int]:
     return frozenset(
         op.index
         for op in program.ops
-        if op.name in _IN_PLACE and not (op.name == "aten.native_batch_norm" and op.args[5])
+        if op.name in IN_PLACE and not (op.name == "aten.native_batch_norm" and op.args[5])
         if not op.kwargs and alone(op)
     )
-
-
-def run_over(op: Op, *args: Any) -> Any:
-    """The operation's result, in the memory of its first input."""
-    return _IN_PLACE[op.name](*args)

@@ -20,7 +20,7 @@ from thinet.observe import plain_attention, preserved_rng
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.environment import Environment
-from thinet.trace.in_place import overwriting, run_over
+from thinet.trace.in_place import IN_PLACE, overwriting
 from thinet.trace.record import (
     Op,
     Program,
@@ -50,6 +50,13 @@ class Execution:
             name: tensor.detach() for name, tensor in named_tensors(model)
         }
         self._programs: dict[tuple[tuple[int, ...], ...], Program] = {}
+        self._over: dict[int, frozenset[int]] = {}
+
+    def over(self, program: Program) -> frozenset[int]:
+        """Operations of one of these programs that may write over their first input."""
+        if id(program) not in self._over:
+            self._over[id(program)] = overwriting(program)
+        return self._over[id(program)]
 
     def program(self, inputs: ExampleInputs) -> Program:
         """The program for inputs of this shape.
@@ -169,12 +176,11 @@ class Execution:
             return x
 
         device = next(iter(self.tensors.values())).device
+        over = over and device.type == "cpu"
         args, kwargs = tree_map(real, (op.args, op.kwargs))
-        if over and device.type == "cpu":
-            result = run_over(op, *args)
+        result = _call(op, IN_PLACE[op.name] if over else op.func, args, kwargs)
+        if over:
             del env[op.args[0].id]
-        else:
-            result = _call(op, args, kwargs)
         for value, tensor in zip(tree_flatten(op.result)[0], tree_flatten(result)[0], strict=True):
             if isinstance(value, Value):
                 env[value.id] = tensor
@@ -202,7 +208,7 @@ class Lane:
         self.done: set[int] = set()
         self._execution, self._programs = execution, programs
         self._uses = [_uses(program) for program in programs]
-        self._over = [overwriting(program) for program in programs]
+        self._over = [execution.over(program) for program in programs]
 
     def step(
         self, index: int, *, before: Observer | None = None, after: Observer | None = None
@@ -278,9 +284,9 @@ class _Tried(dict[int, torch.Tensor]):
         return self._below[key]
 
 
-def _call(op: Op, args: Any, kwargs: Any) -> Any:
+def _call(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
-        return op.func(*args, **kwargs)
+        return function(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
