@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.nets import BasicResidualNet, ConcatNet, SharedConvNet
 from tests.oracle import randomise
 from thinet.calibrate import collect as module
-from thinet.calibrate.collect import Observations, Rows, collect
+from thinet.calibrate.collect import Observations, Rows, collect, in_half
 from thinet.calibrate.statistics import group_statistics, site_gram
 from thinet.errors import CalibrationError, OptionError
 from thinet.store import Store
@@ -205,7 +205,8 @@ def test_targets_are_the_layers_own_outputs_at_the_positions() -> None:
 def test_moments_and_targets_are_of_the_same_positions() -> None:
     model, analysis = chain()
     batches = images(4)
-    seen = observed(model, analysis, batches, rows=Rows(per_column=0, least=10))
+    rows = Rows(per_column=0, least=10, choosing=1.0)
+    seen = observed(model, analysis, batches, rows=rows)
     op = only_site(analysis.group("conv1")).op
     positions = seen.targets[op].positions[0]
     phi = F.unfold(model.maps(batches[0]), 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
@@ -294,9 +295,48 @@ def test_rows_are_checked() -> None:
     assert Rows().count(10) == 16384 and Rows().count(4000) == 32000
     with pytest.raises(OptionError, match="per_column is at least 0 and least at least 1"):
         Rows(least=0)
+    for part in (0.0, 1.5, float("nan")):
+        with pytest.raises(OptionError, match="choosing is a part above 0 and at most 1"):
+            Rows(choosing=part)
+
+
+@torch.no_grad()
+def test_channels_are_chosen_from_half_of_the_rows() -> None:
+    model, analysis = chain()
+    op = only_site(analysis.group("conv1")).op
+    seen = observed(model, analysis, images(4), rows=Rows(per_column=0, least=20))
+    kept = seen.targets[op]
+    assert sum(len(kept.y[batch]) for batch in range(len(kept.y))) == 20
+    assert seen.moments[op].rows == 10
 
 
 # --- memory ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_many_targets_are_kept_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(BasicResidualNet()).eval()
+    analysis, batches = analyse(model, model.example()), [model.example(), model.example()]
+    exact = observed(model, analysis, batches)
+    monkeypatch.setattr(module, "HALVED_FROM", 0)
+    halved = observed(model, analysis, batches)
+    shortcuts = 0
+    for op, kept in exact.targets.items():
+        fewer = halved.targets[op]
+        shortcuts += len(kept.shortcut)
+        for full, half in zip((*kept.y, *kept.shortcut), (*fewer.y, *fewer.shortcut), strict=True):
+            assert (full.dtype, half.dtype) == (torch.float32, torch.float16)
+            torch.testing.assert_close(half.float(), full, rtol=2**-11, atol=2**-25)
+    assert shortcuts
+    for op, signal in exact.signals.items():  # taken of what was made, not of what was kept
+        assert torch.equal(signal.y_variance(), halved.signals[op].y_variance())
+
+
+def test_rows_out_of_the_range_of_half_precision_stay() -> None:
+    rows = torch.tensor([[1.0, -2.0]])
+    assert torch.equal(in_half(rows), rows.half())
+    for out in (rows * 1e5, rows * 1e-6, rows.double(), rows.bfloat16(), rows[:0]):
+        assert in_half(out) is out
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ from thinet.errors import CalibrationError, OptionError
 
 GIB = 2**30
 DEFAULT = 2.0  # GiB
-_OWN, _LARGE = 2**18, 2**25  # bytes between which tensors that wait long get memory of their own
-_HELD = 0.8  # of the room that the work leaves: allocators do not give all back
+_OWN, _LARGE = 2**17, 2**25  # bytes between which tensors that wait long get memory of their own
+_MAPS = 2**14  # of such at most; a process may hold some 65,000
+_HELD = 0.7  # of the room that the work leaves: allocators do not give all back
 
 
 class Store:
@@ -49,6 +50,11 @@ class Store:
         self._file: Any = None
         self._end = 0
         self._free: dict[int, list[int]] = {}
+
+    @property
+    def own(self) -> int:
+        """Bytes from which tensors that wait long get memory of their own."""
+        return max(_OWN, self.limit // _MAPS)
 
     def set_aside(self, needed: int, why: str) -> None:
         """Leave this many bytes to the work itself.
@@ -169,7 +175,7 @@ class Kept:
         else:
             store.held += self.size
             store._inside.add(self)
-            if _OWN <= self.size < _LARGE and tensor.device.type == "cpu" and turn[0]:
+            if store.own <= self.size < _LARGE and tensor.device.type == "cpu" and turn[0]:
                 self._tensor = _in_own_memory(tensor)
 
     def get(self) -> Tensor:

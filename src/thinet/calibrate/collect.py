@@ -42,6 +42,13 @@ SYSTEMS = 4
 
 ENTRY = 8  # bytes of a float64
 
+HALVED_FROM = 2**29
+"""Bytes of targets in all from which they are kept in half precision.
+
+A value is rounded by 2^-11 of itself at most, each by chance, and a least-squares solution is a
+mean over thousands of them. What does not fit into memory goes through a file, which costs more.
+"""
+
 SKETCH = 256
 """Random mixtures of a wider consumer's outputs from which its gram is estimated."""
 
@@ -51,25 +58,36 @@ class Rows:
     """How many output positions of a layer are looked at, over the whole calibration set.
 
     `per_column` for each column of the layer's input, so that its least squares are well
-    determined, and at least `least`.
+    determined, and at least `least`. Of so many, `choosing` is the part from which channels are
+    chosen, for which fewer do.
     """
 
     per_column: int = 8
     least: int = 16384
+    choosing: float = 0.5
 
     def __post_init__(self) -> None:
         if self.per_column < 0 or self.least < 1:
             raise OptionError(f"rows: per_column is at least 0 and least at least 1; got {self}")
+        if not 0 < self.choosing <= 1:
+            raise OptionError(f"rows: choosing is a part above 0 and at most 1; got {self}")
 
     def count(self, columns: int) -> int:
         return max(self.per_column * columns, self.least)
+
+    def to_choose(self) -> Rows:
+        """Those from which channels are chosen."""
+        return Rows(
+            math.ceil(self.per_column * self.choosing), math.ceil(self.least * self.choosing), 1.0
+        )
 
 
 @dataclass
 class LayerTargets:
     """What the dense network makes at the sampled positions of a layer, batch by batch.
 
-    `y` are rows (rows, N); `shortcut` what is added to them behind the norm, or None.
+    `y` are rows (rows, N); `shortcut` what is added to them behind the norm, or None. In half
+    precision where they are many (`HALVED_FROM`).
     """
 
     positions: list[Tensor | None] = field(default_factory=list)
@@ -112,12 +130,23 @@ def positions_of(
         share: the batch's part of all calibration images.
     """
     images, positions = position_grid(tuple(x.shape), layer.geometry)
-    # What is too wide to be solved for needs no rows for it.
-    wanted = math.ceil(rows.count(columns if columns <= WIDEST else 0) * share)
+    wanted = math.ceil(_wanted(rows, columns) * share)
     if wanted >= images * positions:
         return None
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.op * 1_009 + batch)
     return sample_positions(images, positions, wanted, generator).to(x.device)
+
+
+def _wanted(rows: Rows, columns: int) -> int:
+    return rows.count(columns if columns <= WIDEST else 0)  # no more to solve what is not solved
+
+
+def in_half(rows: Tensor) -> Tensor:
+    """float32 rows in half precision, unless its range is not theirs."""
+    if rows.dtype != torch.float32 or not rows.numel():
+        return rows
+    largest = max(abs(float(value)) for value in rows.aminmax())
+    return rows.half() if 1e-2 <= largest <= 6e4 else rows
 
 
 @dataclass
@@ -130,6 +159,7 @@ class Collector:
         consumers: for each stored operation whose input is measured, the groups it mixes: name,
             number of units, unit of each input channel.
         keep_targets: whether outputs are kept at sampled positions.
+        halved: whether they are kept in half precision.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
         again: whether another pass has seen all but the moments of `measured`.
@@ -142,6 +172,7 @@ class Collector:
     key: Mapping[int, int]
     consumers: Mapping[int, Sequence[tuple[str, int, Tensor]]]
     keep_targets: bool
+    halved: bool
     zeros: bool
     sampling: str
     rows: Rows
@@ -153,6 +184,7 @@ class Collector:
     batch: int = 0
     _adders: dict[int, list[Layer]] = field(default_factory=dict)
     _positions: dict[int, Tensor | None] = field(default_factory=dict)
+    _made: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for layer in self.layers.values():
@@ -163,9 +195,8 @@ class Collector:
         for layer in () if self.again else self._adders.get(op.index, ()):
             assert layer.shortcut is not None
             rows = self._rows(envs[0][layer.shortcut.id], layer)
-            kept = self.found.targets[self.key[layer.op]]
-            kept.shortcut.append(rows)
-            self._signal(layer, kept.y[-1], rows)
+            self.found.targets[self.key[layer.op]].shortcut.append(self._kept(rows))
+            self._signal(layer, self._made.pop(layer.op), rows)
         layer = self.layers.get(op.index)
         if layer is None or (self.again and self.key[op.index] not in self.measured):
             return
@@ -174,7 +205,9 @@ class Collector:
         positions = positions_of(layer, x, columns, self.rows, self.share, self.seed, self.batch)
         self._positions[op.index] = positions
         if self.key[op.index] in self.consumers:
-            self._measure(layer, x, weight, positions, columns)
+            rows = self.rows.to_choose()
+            chosen = positions_of(layer, x, columns, rows, self.share, self.seed, self.batch)
+            self._measure(layer, x, weight, chosen, columns)
 
     def after(self, op: Op, envs: Sequence[Environment]) -> None:
         layer = self.layers.get(op.index)
@@ -187,9 +220,11 @@ class Collector:
                 self.found.targets[key] = LayerTargets([], Shelf(self.store), Shelf(self.store))
             kept = self.found.targets[key]
             kept.positions.append(self._positions[op.index])
-            kept.y.append(rows)
+            kept.y.append(self._kept(rows))
             if layer.add is None:
                 self._signal(layer, rows, None)
+            else:
+                self._made[layer.op] = rows
         if key in self.found.outputs:
             self.found.outputs[key].add(rows[:, :0], rows)
 
@@ -197,6 +232,9 @@ class Collector:
         positions = self._positions[layer.op]
         rows = output_rows(y, layer.geometry, positions)
         return rows.clone() if positions is None else rows
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return in_half(rows) if self.halved else rows
 
     def _signal(self, layer: Layer, y: Tensor, shortcut: Tensor | None) -> None:
         """Add what goes on from a consumer."""
@@ -306,6 +344,7 @@ def collect(
     columns = {
         key[op]: columns_of(each, execution.tensors[each.weight]) for op, each in layers.items()
     }
+    rows = rows or Rows()
     solved = {op: count for op, count in columns.items() if count <= WIDEST}
     passes = [[op for op in solved if op in consumers] if sampling == "exact" else []]
     systems = 0
@@ -319,9 +358,10 @@ def collect(
         key=key,
         consumers=consumers,
         keep_targets=targets,
+        halved=_target_bytes(layers, execution, rows, batches) > HALVED_FROM,
         zeros=zeros,
         sampling=sampling,
-        rows=rows or Rows(),
+        rows=rows,
         seed=seed,
         store=store,
     )
@@ -340,6 +380,20 @@ def collect(
             for op in measured:
                 found.moments[op].rest(store)
     return found
+
+
+def _target_bytes(
+    layers: Mapping[int, Layer], execution: Execution, rows: Rows, batches: Sequence[ExampleInputs]
+) -> int:
+    """What the targets of all layers take, of batches alike."""
+    share = sum(images_in(batch) for batch in batches) / max(images_in(batches[0]), 1)
+    total = 0.0
+    for layer in layers.values():
+        weight, y = execution.tensors[layer.weight], layer.y
+        there = share * math.prod(y.shape) / len(weight)
+        looked_at = min(there, _wanted(rows, columns_of(layer, weight)))
+        total += looked_at * len(weight) * y.dtype.itemsize * (1 if layer.shortcut is None else 2)
+    return int(total)
 
 
 def _passes(ops: Sequence[int], columns: Mapping[int, int], room: int) -> list[list[int]]:

@@ -82,7 +82,7 @@ class Moments:
                 f"not fit moments of {self.columns} columns and {self.targets} targets"
             )
         phi = _at_least_float32(phi.detach())
-        y = None if y is None else _at_least_float32(y.detach()).to(phi.dtype)
+        y = None if y is None else y.detach()
         self._wake()
         check_finite(phi, self.where, "input")
         if y is not None:
@@ -96,7 +96,7 @@ class Moments:
                 strip += block[:, i:].T @ block[:, i : i + _PANEL]
             self._phi += block.sum(0)
             if y is not None:
-                target = y[start : start + _ROWS] - self._y_shift.to(y.dtype)
+                target = y[start : start + _ROWS].to(phi.dtype) - self._y_shift.to(phi.dtype)
                 self._cross += block.T @ target
                 self._y += target.sum(0)
                 self._yy += target.square().sum(0)
@@ -276,7 +276,8 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def _first_mean(values: Tensor) -> Tensor:
-    return values[:_ROWS].mean(0).float().double()  # a float32, so that float32 rows lose nothing
+    # In float32, so that float32 rows lose nothing when it is subtracted.
+    return _at_least_float32(values[:_ROWS]).mean(0).float().double()
 
 
 def sum_bytes(columns: int) -> int:
