@@ -117,6 +117,16 @@ def test_values_that_are_not_finite_are_refused_by_name_and_not_added(rows, valu
     assert not any(sums.any() for sums in seen.tensors().values())
 
 
+def test_targets_of_another_precision_are_refused_by_that_of_the_products(rows):
+    phi, y = rows
+    huge = torch.full_like(y, 1e25)
+    with pytest.raises(CalibrationError, match="3 of 3 output columns hold NaN, infinite or over"):
+        Moments(7, 3).add(phi.float(), huge.bfloat16())
+    seen = Moments(7, 3)
+    seen.add(phi, huge.float())
+    torch.testing.assert_close(seen.y_mean, huge.float()[0].double())
+
+
 def test_rows_that_do_not_fit_are_refused(rows):
     phi, y = rows
     with pytest.raises(CalibrationError, match=r"\(50, 7\) and targets of shape \(50, 0\)"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thinet.calibrate.batches import images_in, tensors_in
 from thinet.calibrate.gram import gram_rows, unit_sums
 from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
-from thinet.calibrate.moments import Moments, sum_bytes
+from thinet.calibrate.moments import Moments, magnitude, sum_bytes
 from thinet.calibrate.patches import (
     BLOCK,
     dense_weight,
@@ -145,8 +145,7 @@ def in_half(rows: Tensor) -> Tensor:
     """float32 rows in half precision, unless its range is not theirs."""
     if rows.dtype != torch.float32 or not rows.numel():
         return rows
-    largest = max(abs(float(value)) for value in rows.aminmax())
-    return rows.half() if 1e-2 <= largest <= 6e4 else rows
+    return rows.half() if 1e-2 <= magnitude(rows) <= 6e4 else rows
 
 
 @dataclass
@@ -202,12 +201,13 @@ class Collector:
             return
         x, weight = envs[0][layer.x.id], self.execution.tensors[layer.weight]
         columns = columns_of(layer, weight)
-        positions = positions_of(layer, x, columns, self.rows, self.share, self.seed, self.batch)
-        self._positions[op.index] = positions
+
+        def positions(rows: Rows) -> Tensor | None:
+            return positions_of(layer, x, columns, rows, self.share, self.seed, self.batch)
+
+        self._positions[op.index] = positions(self.rows)
         if self.key[op.index] in self.consumers:
-            rows = self.rows.to_choose()
-            chosen = positions_of(layer, x, columns, rows, self.share, self.seed, self.batch)
-            self._measure(layer, x, weight, chosen, columns)
+            self._measure(layer, x, weight, positions(self.rows.to_choose()), columns)
 
     def after(self, op: Op, envs: Sequence[Environment]) -> None:
         layer = self.layers.get(op.index)

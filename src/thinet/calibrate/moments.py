@@ -86,7 +86,7 @@ class Moments:
         self._wake()
         check_finite(phi, self.where, "input")
         if y is not None:
-            check_finite(y, self.where, "output")
+            check_finite(y, self.where, "output", products=phi.dtype)
         if not self._shifted and len(phi):
             self._move(_first_mean(phi), self._y_shift if y is None else _first_mean(y))
             self._shifted = True
@@ -258,10 +258,16 @@ class Moments:
         return self.rows
 
 
-def check_finite(values: Tensor, where: str, side: str) -> None:
-    """Raise a `CalibrationError` that names the first bad column of (rows, columns) values."""
-    limit = _LIMIT if values.dtype == torch.float32 else float("inf")
-    if not values.numel() or max(abs(float(v)) for v in values.aminmax()) < limit:
+def check_finite(
+    values: Tensor, where: str, side: str, *, products: torch.dtype | None = None
+) -> None:
+    """Raise a `CalibrationError` that names the first bad column of (rows, columns) values.
+
+    Args:
+        products: the precision in which they are multiplied, if it is not their own.
+    """
+    limit = _LIMIT if (products or values.dtype) == torch.float32 else float("inf")
+    if not values.numel() or magnitude(values) < limit:
         return
     bad = ~(values.abs() < limit).all(0)
     raise CalibrationError(
@@ -269,6 +275,11 @@ def check_finite(values: Tensor, where: str, side: str) -> None:
         f"overflowing values (first: column {int(bad.int().argmax())}); check the "
         "calibration images and the weights before this layer"
     )
+
+
+def magnitude(values: Tensor) -> float:
+    """The largest magnitude among values, NaN if there is one."""
+    return max(abs(float(value)) for value in values.aminmax())
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
