@@ -63,7 +63,16 @@ class CountNet(Rows):
         return x[: int((score > score.mean()).sum()) + 1]
 
 
-NETS: tuple[Callable[[], Rows], ...] = (NonzeroNet, MaskNet, BranchNet, CountNet)
+class RoundNet(Rows):
+    """A size out of a box, as where a detector scales maps to it."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        width = score.abs().ceil().clamp(min=1)
+        x = F.interpolate(x.t()[None], size=int(width[0].item()) + 1, mode="linear")
+        return x[0].t() * (score[0] / width[0].item())
+
+
+NETS: tuple[Callable[[], Rows], ...] = (NonzeroNet, MaskNet, BranchNet, CountNet, RoundNet)
 
 
 @pytest.mark.parametrize("cls", NETS, ids=lambda c: c.__name__)
@@ -100,7 +109,21 @@ class SliceNet(Rows):
         return torch.cat([x[:half], x[half:] * x[half:, width].unsqueeze(1)])
 
 
-@pytest.mark.parametrize("cls", [SizeNet, SliceNet], ids=lambda c: c.__name__)
+class ScoreNet(Rows):
+    """A number out of data that is not a whole one: nobody knows what sizes are in it."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x * score[0].item()
+
+
+class ScaledNet(Rows):
+    """Rounded, and no whole number any more."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x * score.ceil().mul_(0.1).add_(score)[0].item()
+
+
+@pytest.mark.parametrize("cls", [SizeNet, SliceNet, ScoreNet, ScaledNet], ids=lambda c: c.__name__)
 def test_what_the_size_decides_is_not_taken_for_data(cls: Callable[[], Rows]) -> None:
     model = randomise(cls()).double().eval()
     groups = thinet.find_groups(model, model.example())

@@ -29,6 +29,17 @@ MASKED: Final = frozenset(
 )
 """Operations among whose arguments a mask decides."""
 
+ROUNDED: Final = frozenset(
+    f"aten.{name}{place}" for name in "ceil floor round trunc".split() for place in ("", "_")
+)
+"""Operations whose results are whole numbers, also as floats; those of no others are decisions."""
+
+PARTS: Final = frozenset(
+    f"aten.{name}"
+    for name in "select slice unbind view squeeze unsqueeze clone detach alias clamp".split()
+)
+"""Operations that hand whole numbers on."""
+
 FRESH: Final = frozenset(("aten.lift_fresh", "aten.lift_fresh_copy"))
 
 Decision = tuple[str, tuple[torch.Size, ...], Any]
@@ -43,6 +54,7 @@ class Decisions(TorchDispatchMode):
         self.made: list[Decision] = []
         self._known = known
         self._constant: dict[int, torch.Tensor] = {}  # made of no data; alive, so that ids hold
+        self._whole: dict[int, torch.Tensor] = {}  # made by rounding data, alive as well
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,11 +65,17 @@ class Decisions(TorchDispatchMode):
         if by_data and name in MASKED:
             args = tree_map(lambda x: self._mask(name, x), args)
         result = func(*args, **kwargs)
-        if by_data and name in RESULTS and not isinstance(result, float):
+        whole = bool(given) and id(given[0]) in self._whole
+        if by_data and name in RESULTS and (whole or not isinstance(result, float)):
             result = self._decide(name, shapes, result)
+        made = {id(x): x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)}
         if not by_data:
-            made = (x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor))
-            self._constant.update({id(x): x for x in made})
+            self._constant.update(made)
+        elif name in ROUNDED or (whole and name in PARTS):
+            self._whole.update(made)
+        else:  # written in place, it may have been whole before
+            for key in made:
+                self._whole.pop(key, None)
         return result
 
     def _mask(self, name: str, value: Any) -> Any:
