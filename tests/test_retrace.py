@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import combinations, permutations
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 import thinet
+from thinet.paths import named_modules
+from thinet.trace import retrace
+from thinet.trace.probe import probe
 
 
 class CountsItsChannels(nn.Module):
@@ -26,3 +32,57 @@ def test_twins_that_are_both_culprits_are_locked_once() -> None:
     locked = {g.name: g.locked for g in groups if g.name.endswith("inner")}
     assert list(locked) == ["0.inner", "1.inner"]
     assert all(reason and "aten.mul in " in reason for reason in locked.values())
+
+
+class Heads(nn.Module):
+    """A list of layers, each cut into pieces of a size that no attribute holds."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(3, 8, 1) for _ in range(heads))
+        self.out = nn.Conv2d(8 * heads, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = [head(x).split([3 + 2, 2 + 1], dim=1) for head in self.heads]
+        return self.out(torch.cat([part for half in halves for part in half], 1))
+
+
+def tries(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """How often the model is traced anew, and its locked groups."""
+    calls: list[None] = []
+
+    def counting(*args: object, **options: object) -> object:
+        calls.append(None)
+        return probe(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(retrace, "probe", counting)
+    groups = thinet.find_groups(nn.Sequential(model).eval(), torch.randn(1, 3, 4, 4))
+    return len(calls), [g.name for g in groups if g.locked]
+
+
+def test_what_one_head_of_a_list_fails_at_the_others_need_not_try(monkeypatch) -> None:
+    few, locked = tries(Heads(2), monkeypatch)
+    assert locked == ["0.heads.0", "0.heads.1", "0.out"]
+    many, locked = tries(Heads(6), monkeypatch)
+    assert locked == [*(f"0.heads.{n}" for n in range(6)), "0.out"]
+    assert many <= few + 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7, 10, 11, 20, 35, 36])
+def test_of_any_two_numbers_each_is_in_a_set_without_the_other(count: int) -> None:
+    sets = retrace._one_without_other(count)
+    for a, b in permutations(range(count), 2):
+        assert any(a in some and b not in some for some in sets)
+    # Sperner: m sets tell apart m over m // 2 numbers, and no more.
+    assert count <= len(list(combinations(range(len(sets)), len(sets) // 2)))
+    if sets:
+        fewer = len(sets) - 1
+        assert count > len(list(combinations(range(fewer), fewer // 2)))
+
+
+def test_modules_and_paths_are_those_of_torch() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, nn.Sequential(nn.Linear(2, 2), shared), nn.Identity())
+    model.add_module("none", None)
+    model[1].add_module("back", model[2])
+    assert list(named_modules(model).items()) == list(model.named_modules())

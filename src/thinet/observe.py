@@ -16,11 +16,13 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from thinet.paths import named_modules
+
 
 @contextmanager
 def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Every module in evaluation (or training) mode; each one's own mode comes back after."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in named_modules(model).values()]
     try:
         for module, _ in modes:
             module.training = training
@@ -75,7 +77,7 @@ def module_calls(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[str, 
     """
     stack = [""]
     calls: list[tuple[str, Any]] = []
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in named_modules(model).items()}
 
     def entering(module: nn.Module, _: Any) -> None:
         path = paths.get(id(module))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from thinet.errors import CheckpointError
+from thinet.paths import named_modules
 from thinet.plan import AttributeChange, Plan
 from thinet.surgery.replace import replace
 from thinet.types import Slice
@@ -56,7 +57,7 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 f"{type(model).__name__} does not have"
             )
     replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
-    for module in model.modules():
+    for module in named_modules(model).values():
         for store in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) in replaced:
@@ -67,7 +68,7 @@ def _cut(model: nn.Module, plan: Plan) -> None:
 def named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Parameters and buffers with dotted names; a tied tensor once, by its first name."""
     seen: set[int] = set()
-    modules = list(model.named_modules())
+    modules = list(named_modules(model).items())
     for stores in ([m._parameters for _, m in modules], [m._buffers for _, m in modules]):
         for (path, _), store in zip(modules, stores, strict=True):
             for name, tensor in store.items():

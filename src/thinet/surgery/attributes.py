@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from thinet.paths import named_modules
 from thinet.plan import AttributeChange
 
 Shape = tuple[int, ...]
@@ -129,7 +130,7 @@ def attribute_changes(
     first_name = {id(tensor): name for name, tensor in named_tensors(model)}
     cut = {key for key, name in first_name.items() if name in shapes}
     changes: list[AttributeChange] = []
-    for path, module in model.named_modules():
+    for path, module in named_modules(model).items():
         rule = rule_for(module)
         if rule is None:
             continue

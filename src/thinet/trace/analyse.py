@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -67,10 +67,14 @@ def analyse(
         pristine, call = (meta_replica if program.on_meta else real_replica)(model, inputs)
         given = dict(choices or {})
         best = _checked(program, trained, trainable, given, normalised, pristine, call)
+        assert best is not None
         other = {key: OTHER[best.made[key]] for key in best.doubtful if key not in given}
         if other and best.free_macs < ENOUGH * best.all_macs:
-            again = _checked(program, trained, trainable, given | other, normalised, pristine, call)
-            best = max(best, again, key=lambda found: found.free_macs)
+            again = _checked(
+                program, trained, trainable, given | other, normalised, pristine, call,
+                least=best.free_macs,
+            )  # fmt: skip
+            best = max(best, again or best, key=lambda found: found.free_macs)
     training = best.analysis.training
     check_choices(given, {**best.made, **(training.made if training else {})})
     return best.analysis
@@ -92,13 +96,20 @@ class _Checked:
 
     @property
     def free_macs(self) -> float:
-        """Multiply-adds of operations that some group can make cheaper."""
-        terms = self.analysis.costs.macs_terms
-        return sum(term.at({}, self.analysis.costs.full) for term in terms if term.sizes)
+        return _free_macs(self.analysis)
 
     @property
     def all_macs(self) -> float:
         return self.analysis.costs.macs({})
+
+
+def _free_macs(analysis: Analysis, refused: Collection[str] = ()) -> float:
+    """Multiply-adds of operations that some group, not of those refused, can make cheaper."""
+    return sum(
+        term.at({}, analysis.costs.full)
+        for term in analysis.costs.macs_terms
+        if any(name not in refused for size in term.sizes for name, _ in size.per_unit)
+    )
 
 
 ENOUGH = 0.95
@@ -113,7 +124,9 @@ def _checked(
     normalised: bool,
     pristine: nn.Module,
     call: Call,
-) -> _Checked:
+    least: float = -1,
+) -> _Checked | None:
+    """None where not more than the `least` multiply-adds are in groups that follow."""
     walk = Labeller(program, Classes(), RULES, choices=dict(choices)).run()
     training = None
     if trained is not None:
@@ -124,7 +137,12 @@ def _checked(
     analysis = build(walk, trainable, training=training, normalised=normalised)
     refused: list[tuple[Vector, str]] = []
     modules: set[str] = set()
-    checked = check(analysis, pristine, call)
+    checked = check(
+        analysis, pristine, call,
+        worth=lambda refused: _free_macs(analysis, refused) > least,
+    )  # fmt: skip
+    if checked is None:
+        return None
     for group, mismatch in checked.refused:
         refused.append((analysis.roots[group.name], mismatch.reason))
         modules.add(mismatch.module)

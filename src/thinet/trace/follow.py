@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from thinet.paths import named_modules
 from thinet.trace.groups import Analysis, Followed
 from thinet.trace.labels import Vector
 
@@ -84,7 +85,7 @@ def assume(analysis: Analysis, model: nn.Module, chosen: Sequence[Guess]) -> Ana
     """The analysis with these guesses taken for true in all modules of their classes."""
     known = {(f.module, f.attribute, f.place): f for f in analysis.followed}
     for guess in chosen:
-        for path, module in model.named_modules():
+        for path, module in named_modules(model).items():
             if type(module) is not guess.kind:
                 continue
             value = {(n, p): v for n, p, v in integers(module)}.get((guess.attribute, guess.place))
@@ -102,7 +103,7 @@ NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 def bare_norms(analysis: Analysis, model: nn.Module) -> Analysis:
     """The analysis with the widths of norms that have no parameters to tell them."""
     known = {(f.module, f.attribute, f.place): f for f in analysis.followed}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model).items():
         if not isinstance(module, NORMS) or [*module.parameters(), *module.buffers()]:
             continue
         axes = _axes(analysis, path).values()

@@ -27,6 +27,7 @@ BY_NUMBER = frozenset(
 """Operations that count along an axis."""
 
 Vector = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class _Axis:

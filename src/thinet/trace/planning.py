@@ -9,17 +9,18 @@ import numpy as np
 from torch import nn
 
 from thinet.errors import NothingLeftError
+from thinet.paths import named_modules
 from thinet.plan import AttributeChange, Plan, Replacement
 from thinet.surgery.apply import named_tensors
 from thinet.surgery.attributes import attribute_changes
 from thinet.surgery.explicit import explicit_class
 from thinet.surgery.replace import EXPLICIT
 from thinet.trace.groups import Analysis
-from thinet.trace.labels import Vector
+from thinet.trace.labels import Mask
 from thinet.types import Slice
 
 
-def removed_classes(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> Vector:
+def removed_classes(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> Mask:
     """A mask over labels: true where the class goes."""
     gone = np.zeros(analysis.labeller.classes.count, dtype=bool)
     for name, units in keep.items():
@@ -105,7 +106,7 @@ def check_left(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> None:
 
 
 def followed_changes(
-    analysis: Analysis, model: nn.Module, gone: Vector
+    analysis: Analysis, model: nn.Module, gone: Mask
 ) -> list[tuple[str, str, int | tuple[int, ...]]]:
     """(module, attribute, new value) of the attributes that count channels of which some go."""
     changed: dict[tuple[str, str], int | tuple[int, ...]] = {}
@@ -129,7 +130,7 @@ def explicit_modules(model: nn.Module, touched: Sequence[str]) -> tuple[Replacem
     """Modules that derive their sizes and have a name in them that is cut."""
     return tuple(
         Replacement(path, EXPLICIT)
-        for path, module in model.named_modules()
+        for path, module in named_modules(model).items()
         if explicit_class(module) is not None
         and any(name.startswith(f"{path}." if path else "") for name in touched)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from operator import is_
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from thinet.plan import AttributeChange
 from thinet.surgery.apply import apply_plan, set_attributes
 from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
-from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Vector
+from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Mask, Vector
 from thinet.trace.planning import followed_changes, make_plan, removed_classes
 from thinet.trace.record import (
     EnoughError,
@@ -76,8 +77,11 @@ class _Known(Classes):
 
     def unify(self, a: Vector, b: Vector) -> None:
         left, right = self.find(a), self.find(b)
+        apart = left != right
+        if not apart.any():
+            return
         new = (left >= self.known) | (right >= self.known)
-        clash = (left != right) & ~new
+        clash = apart & ~new
         if clash.any():
             self.clashes.append(np.concatenate([left[clash], right[clash]]))
         super().unify(a[new], b[new])
@@ -93,13 +97,17 @@ class _Known(Classes):
 class Trial:
     """A copy without data, cut to `keep`, to be traced: which labels are gone from it.
 
-    `told` are the attributes that the new shapes tell; those that are only learned are still old.
+    `gone` says it of classes, `left` of every label which are not gone. `told` are the attributes
+    that the new shapes tell; those that are only learned are still old. `cut` are the parameters
+    and buffers that lose something.
     """
 
     keep: Mapping[str, Sequence[int]]
     model: nn.Module
-    gone: Vector
+    gone: Mask
+    left: Mask
     told: frozenset[tuple[str, str]]
+    cut: frozenset[str]
 
 
 def trial(analysis: Analysis, pristine: nn.Module, keep: Mapping[str, Sequence[int]]) -> Trial:
@@ -107,8 +115,15 @@ def trial(analysis: Analysis, pristine: nn.Module, keep: Mapping[str, Sequence[i
     plan = make_plan(replace(analysis, followed=()), pristine, keep)
     model = meta_twin(pristine)
     apply_plan(model, plan)
-    told = frozenset((change.module, change.attribute) for change in plan.attributes)
-    return Trial(keep, model, removed_classes(analysis, keep), told)
+    classes, gone = analysis.labeller.classes, removed_classes(analysis, keep)
+    return Trial(
+        keep=keep,
+        model=model,
+        gone=gone,
+        left=~gone[classes.find(np.arange(classes.count, dtype=np.int64))],
+        told=frozenset((change.module, change.attribute) for change in plan.attributes),
+        cut=frozenset(piece.parameter for piece in plan.kept),
+    )
 
 
 def probe(
@@ -130,7 +145,7 @@ def probe(
         replica = meta_twin(cut.model)
         set_attributes(replica, learned)
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-        comparison = _Comparison(walk, cut.gone, None if until is None else until - before)
+        comparison = _Comparison(walk, cut, None if until is None else until - before)
         told = walk.program
         try:
             with nullcontext() if told.on_meta else Decisions(told.decisions):
@@ -147,9 +162,9 @@ def probe(
 class _Comparison:
     """Walks a cut model's operations beside the original's while they are recorded."""
 
-    def __init__(self, original: Labeller, gone: Vector, until: int | None) -> None:
+    def __init__(self, original: Labeller, cut: Trial, until: int | None) -> None:
         self.original = original
-        self.gone = gone
+        self.cut = cut
         self.until = until
         self.classes = _Known(original.classes)
         self.ours = original.program.ops
@@ -163,19 +178,18 @@ class _Comparison:
         """The labels of an axis of the original that are not gone; the same array each time."""
         known = self.left.get(id(axis))
         if known is None:
-            known = axis, axis[~self.gone[self.classes.find(axis)]]
+            left = self.cut.left[axis]
+            known = axis, axis if left.all() else axis[left]
             self.left[id(axis)] = known  # with the axis itself, so that its id stays its own
         return known[1]
 
     def begin(self, program: Program) -> None:
         original = self.original
-        seeds = {
-            name: tuple(
-                self.stays(axis) if isinstance(axis, np.ndarray) else axis
-                for axis in original.axes[value_id]
+        seeds = {name: original.axes[key] for key, name in original.program.names.items()}
+        for name in self.cut.cut.intersection(seeds):
+            seeds[name] = tuple(
+                self.stays(axis) if isinstance(axis, np.ndarray) else axis for axis in seeds[name]
             )
-            for value_id, name in original.program.names.items()
-        }
         self.walk = Labeller(program, self.classes, RULES, seeds=seeds, original=original)
         self.walk.begin()
 
@@ -247,6 +261,12 @@ class _Comparison:
 
     def _reason(self, old: Op, new: Op) -> str | None:
         """Why an operation does not follow."""
+        if self._untouched(old, new):
+            for before, after in zip(old.outputs(), new.outputs(), strict=True):
+                self.walk.axes[after.id] = self.original.axes[before.id]
+                if before.id in self.original.static:
+                    self.walk.static.add(after.id)
+            return None
         if not self._same_numbers(old, new):
             return "the forward code computes a number from the size"
         try:
@@ -256,29 +276,57 @@ class _Comparison:
         if self.classes.clashes:
             return "the forward code takes channels by number"
         for before, after in zip(old.outputs(), new.outputs(), strict=True):
-            found = self.walk.of(after)
-            for dim, expected in enumerate(self.original.of(before)):
-                reason = self._axis(expected, found[dim], before.shape[dim], after.shape[dim])
-                if reason is not None:
-                    return reason
+            expected, found = self.original.of(before), self.walk.of(after)
+            axes = [*map(self._axis, expected, found, before.shape, after.shape)]
+            for axis in axes:
+                if isinstance(axis, str):
+                    return axis
+            self.walk.axes[after.id] = tuple(axes)  # type: ignore[arg-type]
         return None
 
-    def _axis(self, expected: Axis, found: Axis, before: int, after: int) -> str | None:
+    def _untouched(self, old: Op, new: Op) -> bool:
+        """Whether an operation does the same as before, on labels of which none is gone.
+
+        Such are most where few groups are cut; its results then have the labels of the original's.
+        """
+        if old.numbers != new.numbers or old.leaves.settings != new.leaves.settings:
+            return False
+        if not old.inputs() or len(old.inputs()) != len(new.inputs()):
+            return False
+        ours, theirs = self.original.axes, self.walk.axes
+        for before, after in zip(old.inputs(), new.inputs(), strict=True):
+            axes = theirs.get(after.id)
+            if axes is None or before.shape != after.shape:
+                return False
+            if not all(map(is_, axes, ours[before.id])):
+                return False
+        return all(
+            before.shape == after.shape and (after.id not in theirs or after in new.inputs())
+            for before, after in zip(old.outputs(), new.outputs(), strict=True)
+        )
+
+    def _axis(self, expected: Axis, found: Axis, before: int, after: int) -> Axis | str:
+        """The axis to go on with, the expected one if it can be, or why it does not follow."""
         if not isinstance(expected, np.ndarray):
             if found is expected and found is FIXED and before != after:
                 return f"a size of {before} became {after}"
-            return None
+            return found
         stays = self.stays(expected)
+        if found is stays and len(stays) == after:
+            return stays
         if len(stays) != after:
             return f"a size of {before} became {after} and not {len(stays)}"
-        if found is stays or not isinstance(found, np.ndarray):
-            return None
+        if not isinstance(found, np.ndarray):
+            return found
         # Labels themselves and not only their classes: the order within a class matters too.
         # Labels of tensors made on the way are new each time; those of parameters are not.
         stored = self.original.stored
-        wrong = (found != stays) & ((found < stored) | (stays < stored))
+        differ = found != stays
+        if not differ.any():
+            return stays
+        wrong = differ & ((found < stored) | (stays < stored))
         if not wrong.any():
-            return None
+            return found
         met = self.classes.find(np.concatenate([found[wrong], stays[wrong]]))
         self.classes.clashes.append(met[met < self.classes.known])
         return "the forward code takes channels by number"

@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from thinet.errors import OptionError, TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
@@ -47,19 +47,26 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One aten operation; tensors among its arguments and results are `Value`s."""
+    """One aten operation; tensors among its arguments and results are `Value`s.
+
+    Attributes:
+        name: such as `aten.convolution`, without the overload.
+        args, kwargs: the arguments, tensors replaced by values.
+        result: what it returned, likewise.
+        module: path of the module that runs it.
+        leaves: all that is in the arguments, in order.
+        made: the values in the result.
+    """
 
     index: int
     func: torch._ops.OpOverload
+    name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
     module: str
-
-    @cached_property
-    def name(self) -> str:
-        """Such as `aten.convolution`, without the overload."""
-        return _name(self.func)
+    leaves: Leaves = field(repr=False)
+    made: list[Value] = field(repr=False)
 
     @property
     def where(self) -> str:
@@ -67,30 +74,24 @@ class Op:
         return f"{self.name} in {self.module or 'the model itself'}"
 
     def inputs(self) -> list[Value]:
-        return self._given[0]
+        return self.leaves.values
 
     def outputs(self) -> list[Value]:
-        return self._outputs
+        return self.made
 
     @property
     def numbers(self) -> list[float]:
         """The integers and floats among the arguments, in order."""
-        return self._given[1]
+        return self.leaves.numbers
 
-    @cached_property
-    def _given(self) -> tuple[list[Value], list[float]]:
-        values: list[Value] = []
-        numbers: list[float] = []
-        for leaf in leaves_of((self.args, self.kwargs)):
-            if isinstance(leaf, Value):
-                values.append(leaf)
-            elif isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
-                numbers.append(leaf)
-        return values, numbers
 
-    @cached_property
-    def _outputs(self) -> list[Value]:
-        return values_of(self.result)
+@dataclass(slots=True)
+class Leaves:
+    """What a nest of arguments holds, in order: values, numbers, and settings of other kinds."""
+
+    values: list[Value] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    settings: list[Any] = field(default_factory=list)
 
 
 @lru_cache(maxsize=1 << 10)
@@ -133,28 +134,7 @@ class Program:
 
 def values_of(tree: Any) -> list[Value]:
     """The values in a nest of arguments, in order."""
-    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Value)]
-
-
-def leaves_of(tree: Any) -> list[Any]:
-    """What a nest of tuples, lists and dicts holds, in order."""
-    leaves: list[Any] = []
-    _gather(tree, leaves)
-    return leaves
-
-
-def _gather(tree: Any, leaves: list[Any]) -> None:
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        for branch in tree:
-            _gather(branch, leaves)
-    elif kind is dict:
-        for branch in tree.values():
-            _gather(branch, leaves)
-    elif kind is not Value and isinstance(tree, (tuple, list, dict)):
-        leaves.extend(tree_flatten(tree)[0])
-    else:
-        leaves.append(tree)
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Value)]
 
 
 class StoppedError(Exception):
@@ -164,7 +144,7 @@ class StoppedError(Exception):
         super().__init__(str(error) or type(error).__name__)
 
 
-ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+SETTINGS = frozenset((bool, str, type(None), torch.dtype, torch.device, torch.memory_format))
 
 
 class Watch(Protocol):
@@ -207,32 +187,45 @@ class _Recorder(TorchDispatchMode):
             self.alive.append(tensor)
         return value
 
-    def abstract(self, tree: Any) -> Any:
-        """The nest of arguments with values in place of tensors."""
+    def abstract(self, tree: Any, leaves: Leaves) -> Any:
+        """The nest of arguments with values in place of tensors; what it holds goes to `leaves`."""
         kind = type(tree)
-        if kind in ATOMS:
-            return tree
-        if isinstance(tree, torch.Tensor):
-            return self.value(tree)
-        if kind in (tuple, list):
-            return kind([self.abstract(branch) for branch in tree])
-        if kind is dict:
-            return {key: self.abstract(branch) for key, branch in tree.items()}
-        if isinstance(tree, (tuple, list, dict)):
-            return tree_map(lambda x: self.value(x) if isinstance(x, torch.Tensor) else x, tree)
+        if kind is int or kind is float:
+            leaves.numbers.append(tree)
+        elif kind in SETTINGS:
+            leaves.settings.append(tree)
+        elif isinstance(tree, torch.Tensor):
+            value = self.value(tree)
+            leaves.values.append(value)
+            return value
+        elif kind is tuple or kind is list:
+            return kind([self.abstract(branch, leaves) for branch in tree])
+        elif kind is dict:
+            return {key: self.abstract(branch, leaves) for key, branch in tree.items()}
+        elif isinstance(tree, (tuple, list, dict)):
+            found, spec = tree_flatten(tree)
+            if len(found) != 1 or found[0] is not tree:
+                return tree_unflatten([self.abstract(leaf, leaves) for leaf in found], spec)
+        elif isinstance(tree, (int, float)):
+            leaves.numbers.append(tree)
         return tree
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        taken = tuple([self.abstract(x) for x in args])
-        named = {name: self.abstract(x) for name, x in kwargs.items()}
-        result = run_on_meta(func, args, kwargs) if self.on_meta else func(*args, **kwargs)
-        op = Op(self.count, func, taken, named, self.abstract(result), self.stack[-1])
-        self.count += 1
-        if self.watch is None:
-            self.ops.append(op)
-        else:
-            self.watch.step(op)
+        # Modes that watch functions (a default device) shall see the model's and not those below.
+        with torch._C.DisableTorchFunction():
+            given, made = Leaves(), Leaves()
+            taken = self.abstract(tuple(args), given)
+            named = self.abstract(kwargs or {}, given)
+            run = run_on_meta if self.on_meta else _run
+            result = run(func, args, kwargs or {})
+            left = self.abstract(result, made)
+            module = self.stack[-1]
+            op = Op(self.count, func, _name(func), taken, named, left, module, given, made.values)
+            self.count += 1
+            if self.watch is None:
+                self.ops.append(op)
+            else:
+                self.watch.step(op)
         return result
 
     def program(
@@ -244,8 +237,8 @@ class _Recorder(TorchDispatchMode):
         calls: Iterable[tuple[str, Any]],
     ) -> Program:
         """What was written down; values from number `known` on that no op made are constants."""
-        results = self.abstract(plain(outputs))
-        called = tuple((path, self.abstract(plain(output))) for path, output in calls)
+        results = self.abstract(plain(outputs), Leaves())
+        called = tuple((path, self.abstract(plain(output), Leaves())) for path, output in calls)
         read: set[int] = set()
         made: set[int] = set()
         for op in self.ops:
@@ -319,12 +312,13 @@ def record_replica(
     ):
         warnings.simplefilter("ignore")
         recorder = _Recorder(stack, on_meta, training, watch)
-        named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
-        given = recorder.abstract((args, kwargs))
-        known = len(recorder.values)
-        begun = recorder.program(given, named, known, (), ())
-        if watch is not None:
-            watch.begin(begun)
+        with torch._C.DisableTorchFunction():
+            named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
+            given = recorder.abstract((args, kwargs), Leaves())
+            known = len(recorder.values)
+            begun = recorder.program(given, named, known, (), ())
+            if watch is not None:
+                watch.begin(begun)
         try:
             with recorder:
                 outputs = replica(*args, **kwargs)
@@ -333,6 +327,10 @@ def record_replica(
             return begun
         except Exception as error:
             raise StoppedError(error) from error
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def plain(tree: Any) -> Any:

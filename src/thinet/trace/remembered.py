@@ -56,7 +56,7 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     except _Unseen:
         return func(*args, **kwargs)
     default = torch.get_default_dtype()
-    made = _renamed(func, described, named, default) or _results(func, described, named, default)
+    made = _worked_out(func, described, named, default)
     if made is None:
         return func(*args, **kwargs)
     if made is SAME:
@@ -70,6 +70,17 @@ class _One(tuple[_Like, ...]):
 
 SAME = (_Like((), (), torch.bool), None)
 """The first argument itself comes back as it was."""
+
+
+@lru_cache(maxsize=1 << 14)
+def _worked_out(
+    func: Any,
+    args: tuple[Hashable, ...],
+    kwargs: tuple[tuple[str, Hashable], ...],
+    default: torch.dtype,
+) -> tuple[Any, ...] | None:
+    """`_results`, by way of other sizes where that will do."""
+    return _renamed(func, args, kwargs, default) or _results(func, args, kwargs, default)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from thinet.errors import TraceError
+from thinet.paths import named_modules
 from thinet.surgery.explicit import all_explicit
 from thinet.types import ExampleInputs, as_call
 
@@ -73,7 +74,7 @@ def _kept(value: dict[Any, Any]) -> list[torch.Tensor]:
 
 def meta_twin(replica: nn.Module) -> nn.Module:
     """A copy of a model without data that shares its tensors; quicker than `copied`."""
-    modules = list(replica.modules())
+    modules = list(named_modules(replica).values())
     stores = [store for m in modules for store in (m._parameters, m._buffers)]
     tensors = [tensor for store in stores for tensor in store.values() if tensor is not None]
     if not all(t.is_meta for t in tensors) or any(
@@ -83,20 +84,20 @@ def meta_twin(replica: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(m): type(m).__new__(type(m)) for m in modules}
     memo.update({id(tensor): tensor for tensor in tensors})
     for module in modules:
-        twin = memo[id(module)]
+        state = memo[id(module)].__dict__
+        state.update(module.__dict__)
         for name, value in module.__dict__.items():
             kind = type(value)
-            if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))):
-                made = value
+            if kind in SIMPLE:
+                continue
+            if kind in EMPTIED and not value:
+                state[name] = kind()
             elif name in ("_parameters", "_buffers"):
-                made = kind(value)
+                state[name] = kind(value)
             elif name == "_modules":
-                made = kind({k: m if m is None else memo[id(m)] for k, m in value.items()})
-            elif kind in EMPTIED and not value:
-                made = kind()
-            else:
-                made = copy.deepcopy(value, memo)
-            twin.__dict__[name] = made
+                state[name] = kind({k: m if m is None else memo[id(m)] for k, m in value.items()})
+            elif kind is not tuple or not SIMPLE.issuperset(map(type, value)):
+                state[name] = copy.deepcopy(value, memo)
     return memo[id(replica)]
 
 

@@ -7,13 +7,17 @@ is patched (`thinet.trace.follow`); else the group is locked with the operation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
+from math import comb
 from typing import TypeAlias
 
 import numpy as np
 from torch import nn
 
+from thinet.paths import named_modules
 from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import BY_NUMBER, Labeller
@@ -31,7 +35,14 @@ class Checked:
     refused: tuple[tuple[ChannelGroup, Mismatch], ...]
 
 
-def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 0) -> Checked:
+def check(
+    analysis: Analysis,
+    pristine: nn.Module,
+    inputs: Call,
+    *,
+    worth: Callable[[Collection[str]], bool] = lambda refused: True,
+    seed: int = 0,
+) -> Checked | None:
     """See that every group follows a cut, and learn which attributes must be patched for it.
 
     Units go from all groups together: one each, then different numbers from neighbours, then
@@ -39,17 +50,17 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     errors can show for some units only or cancel: there the first, the last and random units are
     also tried, and any two groups one without the other. Where a try fails and no attribute
     helps, the groups at the failing operation are tried alone.
+
+    None where it is no longer `worth` it with the groups that were refused.
     """
     analysis = bare_norms(analysis, pristine)
     suspects = {g.name: g for g in analysis.groups if g.locked is None and g.channels > 1}
     rng = np.random.default_rng(seed)
     counted = _counted_along(analysis.labeller, analysis)
     units = ("first", "last", "half", "half")
-    bits = max(counted.values(), default=0).bit_length()
     parted = [_part(set(counted), each) for each in units if counted] + [
-        _part({name for name, n in counted.items() if (n >> bit) & 1 == value}, each)
-        for bit in range(bits)
-        for value in (0, 1)
+        _part({name for name, n in counted.items() if n in some}, each)
+        for some in _one_without_other(1 + max(counted.values(), default=0))
         for each in units[:3]
     ]
     refused = _taken_alone(analysis, suspects)
@@ -58,6 +69,8 @@ def check(analysis: Analysis, pristine: nn.Module, inputs: Call, *, seed: int = 
     hopeless: set[tuple[type[nn.Module], str]] = set()
     for draw in (_one, _uneven, _random, *parted):
         while suspects:
+            if not worth({group.name for group, _ in refused}):
+                return None
             keep = _with_some_left(analysis, draw(list(suspects.values()), rng))
             if not keep:
                 break
@@ -137,6 +150,19 @@ def _part(chosen: set[str], units: str) -> Draw:
         return {g.name: list(range(first, g.channels - 1 + first)) for g in picked}
 
     return draw
+
+
+def _one_without_other(count: int) -> list[set[int]]:
+    """The fewest sets of the numbers below `count` such that of any two each is without the other.
+
+    Each number is in a different half of the sets, so that none is in all that another is in; more
+    numbers than there are halves cannot be told apart (E. Sperner, 1928).
+    """
+    sets = 0
+    while comb(sets, sets // 2) < count:
+        sets += 1
+    places = list(islice(combinations(range(sets), sets // 2), count))
+    return [{n for n, among in enumerate(places) if each in among} for each in range(sets)]
 
 
 def _taken_alone(
@@ -240,13 +266,14 @@ FEW = 4
 def _twins(
     model: nn.Module, group: ChannelGroup, module: str, suspects: Mapping[str, ChannelGroup]
 ) -> list[str]:
-    """Groups that touch the same parameters of a module with the same class and numbers."""
+    """Groups that touch the same parameters of a module with the same class and numbers.
 
-    def inside(other: ChannelGroup, path: str) -> frozenset[tuple[str, int]]:
-        cut = len(path) + 1 if path else 0
-        return frozenset(
-            (m.parameter[cut:], m.dim) for m in other.members if m.parameter.startswith(path)
-        )
+    The same are also those of another number in a list of the module's, as of its heads.
+    """
+
+    def inside(other: ChannelGroup, path: str) -> list[tuple[str, int]]:
+        own = [m for m in other.members if m.parameter.startswith(f"{path}.")]
+        return sorted((NUMBERS.sub(".#", m.parameter[len(path) :]), m.dim) for m in own)
 
     first = model.get_submodule(module)
     numbers, touched = sorted(integers(first), key=str), inside(group, module)
@@ -258,13 +285,17 @@ def _twins(
             by_module.setdefault(path, []).append(other)
     return [
         other.name
-        for path, holder in model.named_modules()
-        if type(holder) is type(first) and path != module and path in by_module
+        for path, holder in named_modules(model).items()
+        if type(holder) is type(first) and path in by_module
         if sorted(integers(holder), key=str) == numbers
         for other in by_module[path]
         if other.channels == group.channels and len(other.members) == len(group.members)
         if inside(other, path) == touched
     ]
+
+
+NUMBERS = re.compile(r"\.\d+(?=\.)")
+"""Places in lists, in a dotted name."""
 
 
 def _holders(parameter: str) -> list[str]:

@@ -38,7 +38,9 @@ def torn(labels: Labeller, op: Op, axis: Vector, part: np.ndarray) -> None:
     Entries that a reshape has laid together cannot be told apart, so neither can it be seen whether
     the same ones are taken once others are gone; but where the same of each are taken they are.
     """
-    both = axis[:0] if part.all() else np.intersect1d(axis[part], axis[~part])
+    inside = np.zeros(int(axis.max(initial=0)) + 1, dtype=bool)
+    inside[axis[part]] = True
+    both = axis[~part][inside[axis[~part]]]
     if len(both):
         taken = part[np.argsort(axis, kind="stable")]
         number = len(np.unique(axis))
