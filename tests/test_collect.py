@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from tests.nets import BasicResidualNet, ConcatNet, SharedConvNet
 from tests.oracle import randomise
 from thinet.calibrate import collect as module
-from thinet.calibrate.collect import Observations, Rows, collect, in_half
+from thinet.calibrate import room
+from thinet.calibrate.collect import Observations, collect
+from thinet.calibrate.rows import Rows
 from thinet.calibrate.statistics import group_statistics, site_gram
+from thinet.calibrate.targets import in_half
 from thinet.errors import CalibrationError, OptionError
 from thinet.store import Store
 from thinet.trace.analyse import analyse
@@ -111,6 +114,7 @@ def test_consumers_too_wide_for_moments_give_their_gram_by_unit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WIDEST", 4)
+    monkeypatch.setattr("thinet.calibrate.rows.WIDEST", 4)
     model, analysis = chain()
     batches = images(3, 1, 4)
     group = analysis.group(name)
@@ -284,6 +288,7 @@ def test_activations_that_are_not_finite_name_the_layer(
     widest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WIDEST", widest)
+    monkeypatch.setattr("thinet.calibrate.rows.WIDEST", widest)
     model, analysis = chain()
     with torch.no_grad():
         model.conv1.weight[2] = float("inf")
@@ -344,7 +349,7 @@ def test_rows_out_of_the_range_of_half_precision_stay() -> None:
 def test_what_is_found_with_little_memory_is_the_same(
     systems: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SYSTEMS", systems)
+    monkeypatch.setattr(room, "SYSTEMS", systems)
     model, analysis = chain()
     batches, store = images(3, 1, 4), Store()
     monkeypatch.setattr(store, "set_aside", lambda needed, why: setattr(store, "limit", 0))

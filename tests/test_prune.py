@@ -14,7 +14,7 @@ import thinet
 from tests.more_nets import DictInputNet, TupleInputNet
 from tests.nets import BasicResidualNet, ConcatNet, DepthwiseNet, GroupedNet, Net, SENet
 from tests.oracle import randomise
-from thinet.calibrate.collect import Rows
+from thinet.calibrate.rows import Rows
 from thinet.criteria.base import criteria
 from thinet.errors import (
     BudgetError,
@@ -341,7 +341,7 @@ def test_half_precision_stays_what_it_is() -> None:
         ({"seed": 0.5}, OptionError, "got 0.5"),
         ({"divisor": 0}, OptionError, "divisor is a whole number from 1; got 0"),
         ({"least": "2"}, OptionError, "least is a whole number from 1; got '2'"),
-        ({"rows": 100}, OptionError, "rows is a thinet.calibrate.collect.Rows; got 100"),
+        ({"rows": 100}, OptionError, "rows is a thinet.calibrate.rows.Rows; got 100"),
         (
             {"repair_settings": {"ridge": 1}},
             OptionError,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import thinet
 from tests.oracle import randomise
 from thinet import repair as module
-from thinet.calibrate.collect import Rows, collect
+from thinet.calibrate.collect import collect
 from thinet.calibrate.layers import dropouts, find_layers
+from thinet.calibrate.rows import Rows
 from thinet.cut import apply_to_copy
 from thinet.errors import OptionError, RepairError
 from thinet.repair import Repaired, RepairSettings, repair_full, repair_scale

@@ -13,7 +13,7 @@ from torch import nn
 from thinet.budget import Budget, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
-from thinet.calibrate.collect import Rows
+from thinet.calibrate.rows import Rows
 from thinet.errors import BudgetError, OptionError, UnknownGroupError
 from thinet.one_round import Pairs, Task, known_widths, one_round
 from thinet.outcome import Clock, PruneResult, joined, refitted, with_notes

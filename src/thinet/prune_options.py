@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from thinet.budget import Budget
-from thinet.calibrate.collect import Rows
+from thinet.calibrate.rows import Rows
 from thinet.criteria import get
 from thinet.criteria.base import Criterion
 from thinet.errors import OptionError
@@ -69,7 +69,7 @@ class PruneOptions:
             if not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} is a whole number from 1; got {value!r}")
         if self.rows is not None and not isinstance(self.rows, Rows):
-            raise OptionError(f"rows is a thinet.calibrate.collect.Rows; got {self.rows!r}")
+            raise OptionError(f"rows is a thinet.calibrate.rows.Rows; got {self.rows!r}")
         if not isinstance(self.repair_settings, RepairSettings):
             raise OptionError(
                 f"repair_settings is a thinet.repair.RepairSettings; got {self.repair_settings!r}"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.collect import WIDEST, columns_of
 from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
+from thinet.calibrate.rows import WIDEST, columns_of
 from thinet.errors import CalibrationError
 from thinet.gauss_newton import Kronecker, squared, step
 from thinet.joint import PairOutputs

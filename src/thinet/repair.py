@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
-from thinet.calibrate.collect import WIDEST, LayerTargets, Observations, leave_room
+from thinet.calibrate.collect import Observations
 from thinet.calibrate.layers import Affine, Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
+from thinet.calibrate.room import leave_room
+from thinet.calibrate.rows import WIDEST
 from thinet.calibrate.statistics import site_gram
+from thinet.calibrate.targets import LayerTargets
 from thinet.errors import OptionError
 from thinet.lstsq import solve_full, solve_scale
 from thinet.plan import Plan

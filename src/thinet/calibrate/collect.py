@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,89 +9,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from thinet.calibrate.batches import images_in, tensors_in
+from thinet.calibrate.batches import images_in
 from thinet.calibrate.gram import gram_rows, unit_sums
 from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
-from thinet.calibrate.moments import Moments, magnitude, sum_bytes
-from thinet.calibrate.patches import (
-    BLOCK,
-    dense_weight,
-    output_rows,
-    patches,
-    position_grid,
-    row_blocks,
-    sample_positions,
-)
+from thinet.calibrate.moments import Moments, sum_bytes
+from thinet.calibrate.patches import dense_weight, output_rows, patches, row_blocks
 from thinet.calibrate.responses import zero_share
+from thinet.calibrate.room import leave_room, parts_that_fit
+from thinet.calibrate.rows import WIDEST, Rows, columns_of, positions_of
 from thinet.calibrate.sampling import paper_rows
-from thinet.errors import CalibrationError, OptionError
-from thinet.store import GIB, Shelf, Store
-from thinet.trace.environment import Environment, peak_bytes
+from thinet.calibrate.targets import HALVED_FROM, LayerTargets, in_half, target_bytes
+from thinet.errors import CalibrationError
+from thinet.store import Shelf, Store
+from thinet.trace.environment import Environment
 from thinet.trace.interpret import Execution
 from thinet.trace.record import Op, Program
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 DRAWS = 10  # single outputs of each image in the paper's sampling
 
-WIDEST = 6144
-"""Columns of a consumer's input up to which its second moments are formed."""
-
-SYSTEMS = 4
-"""Matrices as large as the largest second moments that selection and repair hold at once."""
-
-ENTRY = 8  # bytes of a float64
-
-HALVED_FROM = 2**29
-"""Bytes of targets in all from which they are kept in half precision.
-
-A value is rounded by 2^-11 of itself at most, each by chance, and a least-squares solution is a
-mean over thousands of them. What does not fit into memory goes through a file, which costs more.
-"""
-
 SKETCH = 256
 """Random mixtures of a wider consumer's outputs from which its gram is estimated."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many output positions of a layer are looked at, over the whole calibration set.
-
-    `per_column` for each column of the layer's input, so that its least squares are well
-    determined, and at least `least`. Of so many, `choosing` is the part from which channels are
-    chosen, for which fewer do.
-    """
-
-    per_column: int = 8
-    least: int = 16384
-    choosing: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.per_column < 0 or self.least < 1:
-            raise OptionError(f"rows: per_column is at least 0 and least at least 1; got {self}")
-        if not 0 < self.choosing <= 1:
-            raise OptionError(f"rows: choosing is a part above 0 and at most 1; got {self}")
-
-    def count(self, columns: int) -> int:
-        return max(self.per_column * columns, self.least)
-
-    def to_choose(self) -> Rows:
-        """Those from which channels are chosen."""
-        return Rows(
-            math.ceil(self.per_column * self.choosing), math.ceil(self.least * self.choosing), 1.0
-        )
-
-
-@dataclass
-class LayerTargets:
-    """What the dense network makes at the sampled positions of a layer, batch by batch.
-
-    `y` are rows (rows, N); `shortcut` what is added to them behind the norm, or None. In half
-    precision where they are many (`HALVED_FROM`).
-    """
-
-    positions: list[Tensor | None] = field(default_factory=list)
-    y: Shelf = field(default_factory=Shelf)
-    shortcut: Shelf = field(default_factory=Shelf)
 
 
 @dataclass
@@ -112,40 +49,6 @@ class Observations:
     signals: dict[int, Moments] = field(default_factory=dict)
     zeros: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, LayerTargets] = field(default_factory=dict)
-
-
-def columns_of(layer: Layer, weight: Tensor) -> int:
-    """Columns of the layer's input patches: input channels x taps."""
-    return weight.shape[1] * layer.geometry.groups * layer.geometry.taps
-
-
-def positions_of(
-    layer: Layer, x: Tensor, columns: int, rows: Rows, share: float, seed: int, batch: int
-) -> Tensor | None:
-    """Flat (image, position) indices to look at in one batch; None for all.
-
-    The same for the dense and the cut network: they depend on the output's shape only.
-
-    Args:
-        share: the batch's part of all calibration images.
-    """
-    images, positions = position_grid(tuple(x.shape), layer.geometry)
-    wanted = math.ceil(_wanted(rows, columns) * share)
-    if wanted >= images * positions:
-        return None
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.op * 1_009 + batch)
-    return sample_positions(images, positions, wanted, generator).to(x.device)
-
-
-def _wanted(rows: Rows, columns: int) -> int:
-    return rows.count(columns if columns <= WIDEST else 0)  # no more to solve what is not solved
-
-
-def in_half(rows: Tensor) -> Tensor:
-    """float32 rows in half precision, unless its range is not theirs."""
-    if rows.dtype != torch.float32 or not rows.numel():
-        return rows
-    return rows.half() if 1e-2 <= magnitude(rows) <= 6e4 else rows
 
 
 @dataclass
@@ -350,7 +253,7 @@ def collect(
     systems = 0
     if store is not None:
         systems = leave_room(store, execution, batches, layers)
-        passes = _passes(passes[0], columns, systems + store.limit // 2)
+        passes = parts_that_fit(passes[0], columns, systems + store.limit // 2)
     collector = Collector(
         execution=execution,
         found=found,
@@ -358,7 +261,7 @@ def collect(
         key=key,
         consumers=consumers,
         keep_targets=targets,
-        halved=_target_bytes(layers, execution, rows, batches) > HALVED_FROM,
+        halved=target_bytes(layers, execution, rows, batches) > HALVED_FROM,
         zeros=zeros,
         sampling=sampling,
         rows=rows,
@@ -380,66 +283,3 @@ def collect(
             for op in measured:
                 found.moments[op].rest(store)
     return found
-
-
-def _target_bytes(
-    layers: Mapping[int, Layer], execution: Execution, rows: Rows, batches: Sequence[ExampleInputs]
-) -> int:
-    """What the targets of all layers take, of batches alike."""
-    share = sum(images_in(batch) for batch in batches) / max(images_in(batches[0]), 1)
-    total = 0.0
-    for layer in layers.values():
-        weight, y = execution.tensors[layer.weight], layer.y
-        there = share * math.prod(y.shape) / len(weight)
-        looked_at = min(there, _wanted(rows, columns_of(layer, weight)))
-        total += looked_at * len(weight) * y.dtype.itemsize * (1 if layer.shortcut is None else 2)
-    return int(total)
-
-
-def _passes(ops: Sequence[int], columns: Mapping[int, int], room: int) -> list[list[int]]:
-    """The consumers in parts whose moments fit into memory together, in order."""
-    passes: list[list[int]] = [[]]
-    left = room
-    for op in sorted(ops):
-        size = sum_bytes(columns[op])
-        if size > left and passes[-1]:
-            passes.append([])
-            left = room
-        passes[-1].append(op)
-        left -= size
-    return passes
-
-
-def leave_room(
-    store: Store,
-    execution: Execution,
-    batches: Sequence[ExampleInputs],
-    layers: Mapping[int, Layer],
-) -> int:
-    """Leave to the work itself what no store can spare; returns the least-squares systems' part.
-
-    Args:
-        layers: of the model that runs.
-
-    Raises:
-        OptionError: the store's bound is less than that.
-    """
-    largest = max(batches, key=images_in)
-    columns = {op: columns_of(v, execution.tensors[v.weight]) for op, v in layers.items()}
-    entries = (math.prod(v.y.shape[:1] + v.y.shape[2:]) * columns[op] for op, v in layers.items())
-    widest = max((n for n in columns.values() if n <= WIDEST), default=0)
-    systems = SYSTEMS * ENTRY * widest**2
-    parts = {
-        "the calibration images": sum(t.nbytes for batch in batches for t in tensors_in(batch)),
-        f"what the model computes for {images_in(largest)} images at a time": peak_bytes(
-            execution.program(largest)
-        ),
-        "the inputs of a layer in rows": 3 * 4 * min(max(entries, default=0), BLOCK),
-        "the largest least-squares system": systems,
-        "the smaller model": sum(tensor.nbytes for tensor in execution.tensors.values()),
-    }
-    text = ", ".join(f"{size / GIB:.3g} for {name}" for name, size in parts.items())
-    store.set_aside(
-        sum(parts.values()), f"{text}; calibrate in smaller batches or with fewer images"
-    )
-    return systems
