@@ -7,14 +7,15 @@ multiply-adds in groups that can be cut, and the outcome of cutting three random
 their channels: the cut model against the original with the same channels silenced (tests/oracle.py,
 randomised weights, float32, decided in float64 where float32 disagrees). `--compare` does the same
 with Torch-Pruning 1.6.1. Rows are appended to the JSON-lines file; a model already there is not run
-again unless it failed, so that a run that was stopped goes on. Seconds are processor seconds, so
-that other work on the machine does not count; with one thread they are what a clock shows on
-an idle machine.
+again unless it failed, so that a run that was stopped goes on. Where the comparison takes too long,
+what was found before it stays. Seconds are processor seconds, so that other work on the machine
+does not count; with one thread they are what a clock shows on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,8 @@ FEW = 25
 # --- in the worker --------------------------------------------------------------------------
 
 
-def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
-    """The row of one model."""
+def measure(suite: str, name: str, cuts: int, other: bool) -> Iterator[dict[str, Any]]:
+    """The row of one model, and before it is whole what is known so far."""
     import zoo
     from tests.oracle import randomise
     from torch_pruning_side import compare
@@ -50,12 +52,12 @@ def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
 
     case = zoo.build(suite, name)
     model, inputs = case.model if case.as_made else randomise(case.model), case.inputs
-    if not finite(model, inputs):  # nothing could be compared
-        model = zoo.build(suite, name).model
     row: dict[str, Any] = {"suite": suite, "model": name, "family": case.family}
     row["params"] = sum(p.numel() for p in model.parameters())
     if other:
-        return row | {"torch_pruning": compare(model, inputs, cuts, seed=len(name))}
+        model = comparable(suite, name, model, inputs)
+        yield row | {"torch_pruning": compare(model, inputs, cuts, seed=len(name))}
+        return
     start = time.process_time()
     analysis = analyse(model, inputs)  # what thinet.find_groups does
     groups = analysis.groups
@@ -65,14 +67,23 @@ def measure(suite: str, name: str, cuts: int, other: bool) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  the cuts are still worth knowing
         by_module, row["count_error"] = {}, f"{type(error).__name__}: {error}"[:200]
     row |= shares(groups, by_module)
-    row |= cut_some(model, inputs, analysis, cuts, random.Random(name))
-    return row
+    yield row | dict(NOTHING_CUT)
+    model = comparable(suite, name, model, inputs)
+    for found in cut_some(model, inputs, analysis, cuts, random.Random(name)):
+        yield row | found
 
 
-def finite(model: Any, inputs: Any) -> bool:
+NOTHING_CUT = {"exact": 0, "wrong": 0, "no_effect": 0, "cut_seconds": []}
+
+
+def comparable(suite: str, name: str, model: Any, inputs: Any) -> Any:
+    """The model, or with weights as they are made where with random ones nothing is finite."""
+    import zoo
     from tests.oracle import outputs
 
-    return all(bool(y.isfinite().all()) for y in outputs(model, inputs))
+    if all(bool(y.isfinite().all()) for y in outputs(model, inputs)):
+        return model
+    return zoo.build(suite, name).model
 
 
 def shares(groups: Any, by_module: Any) -> dict[str, Any]:
@@ -92,15 +103,15 @@ def shares(groups: Any, by_module: Any) -> dict[str, Any]:
 
 def cut_some(
     model: Any, inputs: Any, analysis: Any, cuts: int, rng: random.Random
-) -> dict[str, Any]:
-    """Cut random groups to half, one by one, and judge each."""
+) -> Iterator[dict[str, Any]]:
+    """Cut random groups to half, one by one, and judge each; all that was found, after each."""
     from tests.oracle import as_double, judge, kept
 
     import thinet
 
     groups = analysis.groups
     free = [g for g in groups if g.locked is None and g.channels > 1]
-    result: dict[str, Any] = {"exact": 0, "wrong": 0, "no_effect": 0, "cut_seconds": []}
+    result: dict[str, Any] = copy.deepcopy(NOTHING_CUT)
     for group in rng.sample(free, min(cuts, len(free))):
         removed = {group.name: rng.sample(range(group.channels), group.channels // 2)}
         start = time.process_time()
@@ -116,13 +127,14 @@ def cut_some(
             result["wrong"] += 1
             text = f"{group.name}: {type(error).__name__}: {error}"[:300]
             result.setdefault("details", []).append(text)
+            yield result
             continue
         good = verdict.error <= 1e-4
         result["exact" if good else "wrong"] += 1
         result["no_effect"] += int(good and verdict.effect < 1e-6)
         if not good:
             result.setdefault("details", []).append(f"{group.name}: {verdict}")
-    return result
+        yield result
 
 
 def worker(connection: Connection, threads: int) -> None:
@@ -132,11 +144,14 @@ def worker(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     while (task := connection.recv()) is not None:
         try:
-            connection.send(measure(*task))
+            for row in measure(*task):
+                connection.send(row)
+            connection.send(None)
         except Exception as error:  # noqa: BLE001  one model never stops the run
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error}"[:400]
             connection.send({"error": text, "where": f"{where.filename}:{where.lineno}"})
+            connection.send(None)
 
 
 # --- in the parent --------------------------------------------------------------------------
@@ -169,14 +184,19 @@ class Runner:
             self.start()
         self.done += 1
         self.connection.send(task)
+        end = time.monotonic() + self.timeout
+        row: dict[str, Any] = {}
         try:
-            if self.connection.poll(self.timeout):
-                return self.connection.recv()
-            self.stop()
-            return {"error": f"no answer within {self.timeout:.0f} s"}
+            while self.connection.poll(max(end - time.monotonic(), 0)):
+                told = self.connection.recv()
+                if told is None:
+                    return row
+                row = told
+            why = f"no answer within {self.timeout:.0f} s"
         except EOFError:
-            self.stop()
-            return {"error": "the process died (out of memory?)"}
+            why = "the process died (out of memory?)"
+        self.stop()
+        return row | {"unfinished": why} if row else {"error": why}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -190,6 +210,7 @@ def line(row: dict[str, Any]) -> str:
             f"MACs {row['mac_share']:4.0%}  exact {row['exact']} wrong {row['wrong']} "
             f"no effect {row['no_effect']}  cut {slowest:5.2f} s"
         )
+    text += f"; then {row['unfinished']}" if "unfinished" in row else ""
     other = row.get("torch_pruning")
     if other and "error" in other:
         text += f" | TP failed: {other['error'][:60]}"
@@ -212,6 +233,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         return out
     seconds = sorted(r["seconds"] for r in fine)
     uncounted = [(r["model"], r["count_error"]) for r in fine if "count_error" in r]
+    stopped = [f"{r['model']} ({r['exact']} compared)" for r in fine if "unfinished" in r]
     half = sum(r["mac_share"] >= 0.5 for r in fine) / len(rows)
     cut = [s for r in fine for s in r["cut_seconds"]]
     reasons = Counter(family_reason(t) for r in fine for t in r["reasons"].values())
@@ -219,6 +241,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     out += [
         f"cuts: exact {sum(r['exact'] for r in fine)}, wrong {sum(r['wrong'] for r in fine)}, "
         f"of the exact ones without effect {sum(r['no_effect'] for r in fine)}",
+        f"not all cuts compared: {stopped}",
         f"wrong in: {[(r['model'], r.get('details')) for r in fine if r['wrong']]}",
         f"models with at least half of their MACs in groups that can be cut: {half:.1%}",
         f"not counted: {uncounted}",
@@ -268,7 +291,7 @@ def main() -> int:
         rows = [json.loads(text) for text in options.json.read_text().splitlines()]
         rows = [r for r in rows if r["suite"] == options.suite and r["model"] in names]
     whole = {r["model"]: r for r in rows if "torch_pruning" in r or not options.compare}
-    known = {name: row for name, row in whole.items() if "error" not in row}
+    known = {n: row for n, row in whole.items() if "error" not in row and "unfinished" not in row}
     rows = list(known.values())
     runner = Runner(options.timeout, options.threads)
     for i, name in enumerate(names):

@@ -62,8 +62,8 @@ channels silenced (`tests/oracle.py`; a difference of 1e-4 of the outputs at mos
 where float32 is not enough). Channels that leave the model are not counted, for nobody could
 cut them. Seconds are processor seconds of one thread for `find_groups` (trace, groups and all
 re-trace checks) on a machine that was busy with other work, so they are upper bounds. *No answer*
-is a network for which all this together, the forward passes of the comparison in float32 and
-float64 included, took longer than was allowed; nothing is known of its groups. "Torch-Pruning"
+is a network for which this took longer than was allowed; where only the forward passes of the
+comparison did, in float32 and float64, fewer cuts are compared. "Torch-Pruning"
 is version 1.6.1 with the settings of its own examples, on the same networks with the same cuts,
 judged in the same way: *wrong* is a cut network that runs and computes something else,
 *crash* one that no longer runs or could not be made, *norm* a cut under a LayerNorm, which no
@@ -79,6 +79,7 @@ def joined(text: str) -> str:
 def summary(rows: Sequence[Row]) -> str:
     fine = [row for row in rows if "error" not in row]
     failed = [f"{row['model']} ({row['error']})" for row in rows if "error" in row]
+    stopped = [f"{r['model']} ({r['exact']} were)" for r in fine if "unfinished" in r]
     seconds = sorted(row["seconds"] for row in fine)
     slow = [f"{r['model']} {r['seconds']:.1f}" for r in fine if r["seconds"] > 5]
     half = sum(row["mac_share"] >= 0.5 for row in fine)
@@ -86,7 +87,8 @@ def summary(rows: Sequence[Row]) -> str:
     lines = [
         f"* {len(rows)} models of {len({row.get('family') for row in rows})} families; "
         f"crashes or no answer: {len(failed)}" + (f": {'; '.join(failed)}" if failed else ""),
-        f"* cuts: {sum(r['exact'] for r in fine)} exact, {sum(r['wrong'] for r in fine)} wrong",
+        f"* cuts: {sum(r['exact'] for r in fine)} exact, {sum(r['wrong'] for r in fine)} wrong"
+        + (f"; no time to compare all of: {', '.join(stopped)}" if stopped else ""),
         f"* at least half of the multiply-adds in groups that can be cut: {half} of {len(rows)} "
         f"({half / len(rows):.1%})" + (f"; not: {', '.join(less)}" if less else ""),
         f"* seconds: median {statistics.median(seconds):.2f}, greatest {seconds[-1]:.1f}"
