@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import thinet
-from tests.oracle import check, randomise
+from tests.oracle import check, outputs, randomise
 from tests.random_nets import ALL, PLAIN, RandomNet, Step
 from thinet.errors import NothingLeftError
 
@@ -50,6 +50,8 @@ def assert_exact_or_refused(steps: list[Step], flatten: bool, seed: int) -> int:
     """Cut all unlocked groups at once, then one of them alone. Returns how many can be cut."""
     model, inputs, groups = prepared(steps, flatten, seed)
     rng = random.Random(seed)
+    if not all(bool(y.isfinite().all()) for y in outputs(model, inputs)):
+        return 0  # nothing could be compared
     free = [g for g in groups if g.locked is None and g.channels > 1]
     removed = {g.name: rng.sample(range(g.channels), rng.randint(1, g.channels - 1)) for g in free}
     alone = [{name: removed[name]} for name in rng.sample(sorted(removed), min(1, len(removed)))]

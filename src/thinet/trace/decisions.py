@@ -71,11 +71,17 @@ class Decisions(TorchDispatchMode):
         made = {id(x): x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)}
         if not by_data:
             self._constant.update(made)
-        elif name in ROUNDED or (whole and name in PARTS):
+        elif (name in ROUNDED and func._overloadname != "decimals") or (
+            whole and name in PARTS and len(given) == 1
+        ):
             self._whole.update(made)
-        else:  # written in place, it may have been whole before
-            for key in made:
-                self._whole.pop(key, None)
+        elif func._schema.is_mutable:  # it may have been whole before, and so may its views
+            written = {x.untyped_storage()._cdata for x in made.values()}
+            self._whole = {
+                key: x
+                for key, x in self._whole.items()
+                if x.untyped_storage()._cdata not in written
+            }
         return result
 
     def _mask(self, name: str, value: Any) -> Any:

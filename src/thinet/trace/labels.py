@@ -143,6 +143,7 @@ class Labeller:
             those of an `original` are kept to.
         stored: number of labels that parameters and buffers start with.
         original: for a cut model, the walk of the uncut one, whose decisions are kept to.
+        loose: values with an `ANY` axis, by the memory that they are in.
     """
 
     program: Program
@@ -158,12 +159,14 @@ class Labeller:
     decided: dict[tuple[int, int], int | None] = field(default_factory=dict)
     stored: int = 0
     original: Labeller | None = None
+    loose: dict[int, list[Value]] = field(default_factory=dict)
 
     def run(self) -> Labeller:
         self.begin()
         for op in self.program.ops:
             self.step(op)
         for value in values_of(self.program.outputs):
+            self.axes.setdefault(value.id, (FIXED,) * len(value.shape))  # made by no operation
             self.lock_all(value, "it is an output of the model")
         return self
 
@@ -204,6 +207,15 @@ class Labeller:
         else:
             rule(self, op)
         self.classes.muted = False
+        if self.loose and op.func._schema.is_mutable and op.inputs():
+            self._written(op.inputs()[0])
+
+    def _written(self, part: Value) -> None:
+        """Entries of an `ANY` axis are no longer alike where a part of them is written."""
+        for value in self.loose.get(part.storage, ()):
+            if value.shape != part.shape:
+                axes = (FIXED if axis is ANY else axis for axis in self.axes[value.id])
+                self.axes[value.id] = tuple(axes)
 
     def _parameter_axes(self, value: Value) -> Axes:
         if self.seeds is not None:
@@ -226,6 +238,8 @@ class Labeller:
             )
         else:
             self.axes[value.id] = axes
+            if any(axis is ANY for axis in axes):
+                self.loose.setdefault(value.storage, []).append(value)
 
     def join(self, a: Axis, b: Axis, where: str) -> Axis:
         """Unify two axes of equal size; what meets a fixed axis is locked."""

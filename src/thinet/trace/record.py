@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -80,18 +81,22 @@ class Op:
         return self.made
 
     @property
-    def numbers(self) -> list[float]:
-        """The integers and floats among the arguments, in order."""
+    def numbers(self) -> list[complex]:
+        """The numbers among the arguments, in order."""
         return self.leaves.numbers
 
 
 @dataclass(slots=True)
 class Leaves:
-    """What a nest of arguments holds, in order: values, numbers, and settings of other kinds."""
+    """What a nest of arguments holds, in order: values, numbers, and settings of other kinds.
+
+    `hidden` are numbers that the forward code has put into tensors, where no operation shows them.
+    """
 
     values: list[Value] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
+    numbers: list[complex] = field(default_factory=list)
     settings: list[Any] = field(default_factory=list)
+    hidden: list[complex] = field(default_factory=list)
 
 
 @lru_cache(maxsize=1 << 10)
@@ -161,6 +166,28 @@ class EnoughError(BaseException):
     """A watch has seen enough. No model's own `except Exception` may catch it."""
 
 
+class _Hiding(TorchFunctionMode):
+    """Tells a recorder of the numbers that are put into tensors; no operation shows them."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in HIDING and isinstance(result, torch.Tensor) and result.numel() <= FEW:
+            leaves = tree_flatten((args, kwargs))[0]
+            numbers: list[complex] = [x for x in leaves if isinstance(x, (int, float, complex))]
+            if numbers:
+                self.recorder.hidden[id(result)] = result, numbers
+        return result
+
+
+HIDING = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor))
+FEW = 1024
+"""Elements of a tensor that might hold sizes."""
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down each operation that reaches the dispatcher."""
 
@@ -176,11 +203,18 @@ class _Recorder(TorchDispatchMode):
         self.count = 0
         self.values: dict[int, Value] = {}
         self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
+        self.hidden: dict[int, tuple[torch.Tensor, list[complex]]] = {}
+        self.running = False
 
     def value(self, tensor: torch.Tensor) -> Value:
         key = id(tensor)
         value = self.values.get(key)
         if value is None:
+            if self.running and type(tensor) not in (torch.Tensor, nn.Parameter):
+                raise RuntimeError(
+                    f"it makes a {type(tensor).__name__} of a tensor, and what becomes of the "
+                    "channels of such a class operations do not tell"
+                )
             storage = tensor.untyped_storage()._cdata if not tensor.is_sparse else key
             value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, storage)
             self.values[key] = value
@@ -190,13 +224,15 @@ class _Recorder(TorchDispatchMode):
     def abstract(self, tree: Any, leaves: Leaves) -> Any:
         """The nest of arguments with values in place of tensors; what it holds goes to `leaves`."""
         kind = type(tree)
-        if kind is int or kind is float:
+        if kind is int or kind is float or kind is complex:
             leaves.numbers.append(tree)
         elif kind in SETTINGS:
             leaves.settings.append(tree)
         elif isinstance(tree, torch.Tensor):
             value = self.value(tree)
             leaves.values.append(value)
+            if id(tree) in self.hidden:
+                leaves.hidden += self.hidden[id(tree)][1]
             return value
         elif kind is tuple or kind is list:
             return kind([self.abstract(branch, leaves) for branch in tree])
@@ -206,7 +242,7 @@ class _Recorder(TorchDispatchMode):
             found, spec = tree_flatten(tree)
             if len(found) != 1 or found[0] is not tree:
                 return tree_unflatten([self.abstract(leaf, leaves) for leaf in found], spec)
-        elif isinstance(tree, (int, float)):
+        elif isinstance(tree, (int, float, complex)):
             leaves.numbers.append(tree)
         return tree
 
@@ -320,7 +356,8 @@ def record_replica(
             if watch is not None:
                 watch.begin(begun)
         try:
-            with recorder:
+            recorder.running = True
+            with _Hiding(recorder), recorder:
                 outputs = replica(*args, **kwargs)
             return begun if watch else recorder.program(given, named, known, outputs, calls)
         except EnoughError:

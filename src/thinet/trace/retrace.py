@@ -86,7 +86,13 @@ def check(
                     continue
                 hopeless.add(kind)
             for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
-                for name in [group.name, *_twins(pristine, group, found.module, suspects)]:
+                twins, alike = _twins(pristine, group, found.module, suspects)
+                others = [name for name in alike if name in keep]
+                if others and probe(
+                    analysis, trial(analysis, pristine, {others[-1]: keep[others[-1]]}), inputs
+                ):
+                    twins += others
+                for name in [group.name, *twins]:
                     if name in suspects:  # not yet as another culprit's twin
                         refused.append((suspects.pop(name), found))
     return Checked(analysis, tuple(refused))
@@ -265,33 +271,40 @@ FEW = 4
 
 def _twins(
     model: nn.Module, group: ChannelGroup, module: str, suspects: Mapping[str, ChannelGroup]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Groups that touch the same parameters of a module with the same class and numbers.
 
-    The same are also those of another number in a list of the module's, as of its heads.
+    Then those that do so but for their places in lists of the module's, as the heads of an
+    attention; something may be done at one place only.
     """
 
     def inside(other: ChannelGroup, path: str) -> list[tuple[str, int]]:
         own = [m for m in other.members if m.parameter.startswith(f"{path}.")]
-        return sorted((NUMBERS.sub(".#", m.parameter[len(path) :]), m.dim) for m in own)
+        return sorted((m.parameter[len(path) :], m.dim) for m in own)
+
+    def unnumbered(places: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        return sorted((NUMBERS.sub(".#", name), dim) for name, dim in places)
 
     first = model.get_submodule(module)
     numbers, touched = sorted(integers(first), key=str), inside(group, module)
     if not module or len(touched) < len(group.members):
-        return []
+        return [], []
     by_module: dict[str, list[ChannelGroup]] = {}
     for other in suspects.values():
         for path in _holders(other.members[0].parameter):
             by_module.setdefault(path, []).append(other)
-    return [
-        other.name
+    near = [
+        (other.name, inside(other, path))
         for path, holder in named_modules(model).items()
         if type(holder) is type(first) and path in by_module
         if sorted(integers(holder), key=str) == numbers
         for other in by_module[path]
-        if other.channels == group.channels and len(other.members) == len(group.members)
-        if inside(other, path) == touched
+        if other is not group and other.channels == group.channels
+        if len(other.members) == len(group.members)
     ]
+    same = [name for name, places in near if places == touched]
+    like = unnumbered(touched)
+    return same, [n for n, places in near if places != touched and unnumbered(places) == like]
 
 
 NUMBERS = re.compile(r"\.\d+(?=\.)")
