@@ -42,7 +42,7 @@ from thinet.errors import CalibrationError
 from thinet.store import Store
 from thinet.trace.environment import peak_bytes
 from thinet.trace.interpret import Execution, dependencies
-from thinet.trace.record import Program, values_of
+from thinet.trace.program import Program, values_of
 from thinet.types import call
 
 

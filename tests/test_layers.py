@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinet.calibrate.layers import Layer, find_layers, same_layers
-from thinet.trace.record import Program, record
+from thinet.trace.program import Program
+from thinet.trace.record import record
 
 
 class BasicBlock(nn.Module):

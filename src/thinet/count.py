@@ -7,7 +7,8 @@ from collections import Counter
 from torch import nn
 
 from thinet.trace.labels import Classes, Labeller
-from thinet.trace.record import Program, record
+from thinet.trace.program import Program
+from thinet.trace.record import record
 from thinet.trace.rules import RULES
 from thinet.types import Counts, ExampleInputs, ModuleCount
 

@@ -32,7 +32,7 @@ from thinet.plan import Plan
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.interpret import Environment, Execution, dependencies
-from thinet.trace.record import Op
+from thinet.trace.program import Op
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 SHARED = "its weights are used more than once"

@@ -17,7 +17,7 @@ from torch import nn
 from thinet.trace.groups import Analysis
 from thinet.trace.interpret import Execution
 from thinet.trace.planning import removed_classes
-from thinet.trace.record import Op
+from thinet.trace.program import Op
 from thinet.types import ExampleInputs
 
 

@@ -16,7 +16,7 @@ from thinet.observe import evaluating, module_calls, preserved_rng
 from thinet.silenced_run import run_silenced
 from thinet.trace.groups import Analysis
 from thinet.trace.planning import removed_classes
-from thinet.trace.record import plain, values_of
+from thinet.trace.program import plain, values_of
 from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, as_call
 

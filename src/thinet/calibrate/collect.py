@@ -23,7 +23,7 @@ from thinet.errors import CalibrationError
 from thinet.store import Shelf, Store
 from thinet.trace.environment import Environment
 from thinet.trace.interpret import Execution
-from thinet.trace.record import Op, Program
+from thinet.trace.program import Op, Program
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 DRAWS = 10  # single outputs of each image in the paper's sampling

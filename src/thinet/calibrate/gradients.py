@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from thinet.calibrate.batches import images_in
 from thinet.errors import CalibrationError
 from thinet.observe import evaluating, preserved_rng
-from thinet.trace.record import plain
+from thinet.trace.program import plain
 from thinet.trace.replica import copied
 from thinet.types import ChannelGroup, ExampleInputs, Site, call
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from thinet.calibrate.patches import Geometry
-from thinet.trace.record import Op, Program, Value, values_of
+from thinet.trace.program import Op, Program, Value, values_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from thinet.calibrate.layers import Layer
-from thinet.trace.record import Program
+from thinet.trace.program import Program
 
 
 def in_order(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from thinet.calibrate.layers import Layer
 from thinet.trace.interpret import storages_written
-from thinet.trace.record import Program, values_of
+from thinet.trace.program import Program, values_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from thinet.recipes.recipe import Recipe
 from thinet.repair import RepairSettings
 from thinet.surgery.replace import replace
 from thinet.trace.interpret import Environment, Execution
-from thinet.trace.record import Op
+from thinet.trace.program import Op
 from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, Progress
 

@@ -18,7 +18,7 @@ from thinet.plan import Replacement
 from thinet.surgery.replace import replace
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis, layer_name
-from thinet.trace.record import Value
+from thinet.trace.program import Value
 from thinet.trace.replica import meta_copy
 from thinet.types import ChannelGroup, ExampleInputs
 

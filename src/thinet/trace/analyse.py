@@ -12,7 +12,8 @@ from thinet.observe import only_new_garbage, preserved_rng
 from thinet.trace.choices import OTHER, check_choices
 from thinet.trace.groups import Analysis, build
 from thinet.trace.labels import Classes, Labeller, Vector
-from thinet.trace.record import Program, check_model, record
+from thinet.trace.program import Program
+from thinet.trace.record import check_model, record
 from thinet.trace.replica import Call, meta_replica, real_replica
 from thinet.trace.retrace import check
 from thinet.trace.rules import RULES

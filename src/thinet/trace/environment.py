@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinet.errors import CalibrationError
 from thinet.store import Kept, Store
-from thinet.trace.record import Op, Program, values_of
+from thinet.trace.program import Op, Program, values_of
 
 Form = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
 

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from thinet.trace.labels import Axis, Classes, Labeller, Mixing, Vector
-from thinet.trace.record import Program
+from thinet.trace.program import Program
 from thinet.types import ChannelGroup, Member, Role, Site
 
 

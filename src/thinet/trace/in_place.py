@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinet.trace.record import Op, Program, values_of
+from thinet.trace.program import Op, Program, values_of
 
 FRESH = frozenset(
     "aten." + name for name in ("convolution", "mm", "addmm", "bmm", "native_batch_norm", "add")

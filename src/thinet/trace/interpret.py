@@ -21,16 +21,8 @@ from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.environment import Environment
 from thinet.trace.in_place import IN_PLACE, overwriting
-from thinet.trace.record import (
-    Op,
-    Program,
-    StoppedError,
-    Value,
-    describe,
-    record,
-    record_replica,
-    values_of,
-)
+from thinet.trace.program import Op, Program, Value, values_of
+from thinet.trace.record import StoppedError, describe, record, record_replica
 from thinet.trace.replica import real_replica
 from thinet.types import ExampleInputs, as_call
 

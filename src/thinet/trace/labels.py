@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from thinet.trace.record import Op, Program, Value, values_of
+from thinet.trace.program import Op, Program, Value, values_of
 
 BY_NUMBER = frozenset(
     f"aten.{name}" for name in "slice select split split_with_sizes chunk roll flip narrow".split()

@@ -22,13 +22,8 @@ from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Mask, Vector
 from thinet.trace.planning import followed_changes, make_plan, removed_classes
-from thinet.trace.record import (
-    EnoughError,
-    Op,
-    Program,
-    StoppedError,
-    record_replica,
-)
+from thinet.trace.program import Op, Program
+from thinet.trace.record import EnoughError, StoppedError, record_replica
 from thinet.trace.replica import Call, meta_twin
 from thinet.trace.rules import RULES
 from thinet.trace.rules.pointwise import NEW

@@ -42,6 +42,15 @@ class _Scalar(NamedTuple):
     value: Hashable
 
 
+class _Call(NamedTuple):
+    """All that the results of an operation depend on."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    default: torch.dtype
+
+
 class _Unseen(Exception):
     """An argument whose description does not say everything."""
 
@@ -55,8 +64,7 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         named = tuple([(name, _described(x)) for name, x in kwargs.items()])
     except _Unseen:
         return func(*args, **kwargs)
-    default = torch.get_default_dtype()
-    made = _worked_out(func, described, named, default)
+    made = _remembered(_Call(func, described, named, torch.get_default_dtype()))
     if made is None:
         return func(*args, **kwargs)
     if made is SAME:
@@ -73,34 +81,24 @@ SAME = (_Like((), (), torch.bool), None)
 
 
 @lru_cache(maxsize=1 << 14)
-def _worked_out(
-    func: Any,
-    args: tuple[Hashable, ...],
-    kwargs: tuple[tuple[str, Hashable], ...],
-    default: torch.dtype,
-) -> tuple[Any, ...] | None:
+def _remembered(call: _Call) -> tuple[Any, ...] | None:
     """`_results`, by way of other sizes where that will do."""
-    return _renamed(func, args, kwargs, default) or _results(func, args, kwargs, default)
+    return _renamed(call) or _results(call)
 
 
 @lru_cache(maxsize=1 << 14)
-def _results(
-    func: Any,
-    args: tuple[Hashable, ...],
-    kwargs: tuple[tuple[str, Hashable], ...],
-    default: torch.dtype,
-) -> tuple[Any, ...] | None:
+def _results(call: _Call) -> tuple[Any, ...] | None:
     """What the results look like, or `SAME`.
 
     None where a result shares memory with an argument, or is not told by its description.
     """
-    given = [_made(x) for x in args]
-    named = {name: _made(x) for name, x in kwargs}
-    found = func(*given, **named)
+    given = [_made(x) for x in call.args]
+    named = {name: _made(x) for name, x in call.kwargs}
+    found = call.func(*given, **named)
     if given and found is given[0]:
-        return SAME if _described(found) == args[0] else None
+        return SAME if _described(found) == call.args[0] else None
     results = (found,) if isinstance(found, torch.Tensor) else found
-    if type(results) is not tuple or not results or func._schema.is_mutable:
+    if type(results) is not tuple or not results or call.func._schema.is_mutable:
         return None
     try:
         likes = [_described(x) for x in results]
@@ -184,28 +182,23 @@ LITERAL = 2048  # largest size that is left as it is
 LARGE = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)  # no size of an image
 
 
-def _renamed(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: tuple[tuple[str, Hashable], ...],
-    default: torch.dtype,
-) -> tuple[Any, ...] | None:
+def _renamed(call: _Call) -> tuple[Any, ...] | None:
     """The results by way of other sizes, None where they might depend on the sizes themselves."""
-    name = f"aten.{func._opname}"
+    name = f"aten.{call.func._opname}"
     if name not in ANY_SIZE and name not in LEADING:
         return None
     names = _Names(SMALL, None) if name in ANY_SIZE else _Names(LARGE, 2)
     try:
-        given: tuple[Any, ...] = tuple([names.of(x) for x in args])
+        given: tuple[Any, ...] = tuple([names.of(x) for x in call.args])
     except _Unseen:
         return None
     if name == "aten.convolution":
-        channels, transposed, groups = args[0].shape[1], args[6].value, args[8].value
-        if transposed or (groups != 1 and not channels == groups == args[1].shape[0]):
+        channels, transposed, groups = call.args[0].shape[1], call.args[6].value, call.args[8].value
+        if transposed or (groups != 1 and not channels == groups == call.args[1].shape[0]):
             return None
         given = (*given[:8], _Scalar(int, names.size(groups)))
     try:
-        made = _results(func, given, kwargs, default)
+        made = _results(call._replace(args=given))
     except RuntimeError:  # to be said of the sizes that the user has
         return None
     return made if made is None or made is SAME else names.back(made)

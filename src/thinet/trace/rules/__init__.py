@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from thinet.trace.labels import Labeller
-from thinet.trace.record import Op
+from thinet.trace.program import Op
 from thinet.trace.rules import (
     attention,
     contract,

@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller, Mixing, labelled
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 
 def scaled_dot_product(labels: Labeller, op: Op) -> None:

@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller, Mixing, Vector, labelled
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 
 def convolution(labels: Labeller, op: Op) -> None:

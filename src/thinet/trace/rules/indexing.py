@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from thinet.trace.labels import FIXED, Axis, Labeller, Vector
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 
 def _argument(op: Op, place: int, name: str, default: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller, labelled
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 from thinet.trace.rules.indexing import torn
 
 

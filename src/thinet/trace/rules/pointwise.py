@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thinet.trace.labels import ANY, FIXED, Axis, Labeller
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 UNARY = """
 abs acos acosh asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from thinet.trace.labels import FIXED, Axis, Labeller
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 REDUCING = """
 all amax amin any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min

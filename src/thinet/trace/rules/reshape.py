@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from thinet.trace.labels import ANY, FIXED, Axis, Labeller, Vector, labelled
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 LARGEST = 1 << 24  # labels in one merged axis, beyond which it is locked
 

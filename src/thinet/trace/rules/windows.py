@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from thinet.trace.labels import FIXED, Labeller
-from thinet.trace.record import Op, Value
+from thinet.trace.program import Op, Value
 
 POOLS = """
 max_pool{n}d_with_indices max_pool{n}d avg_pool{n}d _adaptive_avg_pool{n}d adaptive_avg_pool{n}d
