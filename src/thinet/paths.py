@@ -18,10 +18,11 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         if id(module) not in seen:
             seen.add(id(module))
             found[path] = module
-            before = f"{path}." if path else ""
-            waiting += [
-                (before + name, child)
-                for name, child in reversed(module._modules.items())
-                if child is not None
-            ]
+            if module._modules:  # of most there are none
+                before = f"{path}." if path else ""
+                waiting += [
+                    (before + name, child)
+                    for name, child in reversed(module._modules.items())
+                    if child is not None
+                ]
     return found

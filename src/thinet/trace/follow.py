@@ -129,14 +129,14 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, tuple[int, Vector]]:
             free[analysis.roots[group.name]] = True
     found: dict[Where, tuple[int, Vector]] = {}
     for walk in (labeller, analysis.training):
+        if walk is None:
+            continue
         first = 0 if walk is labeller else len(labeller.program.ops)
         times: Counter[str] = Counter()
-        for op in walk.program.ops if walk is not None else ():
-            if op.module != module:
-                continue
+        for op in walk.program.by_module.get(module, ()):
             times[op.name] += 1
             for number, value in enumerate([*op.inputs(), *op.outputs()]):
-                for dim, axis in enumerate(walk.of(value)):  # type: ignore[union-attr]
+                for dim, axis in enumerate(walk.of(value)):
                     if not isinstance(axis, np.ndarray) or len(axis) < 2:
                         continue
                     if free[labeller.classes.find(axis)].any():

@@ -273,9 +273,10 @@ class Labeller:
         """Whether no entry of an axis could be cut even now."""
         if not isinstance(axis, np.ndarray) or not self.classes.locks:
             return not isinstance(axis, np.ndarray)
-        locked = np.concatenate([vector.reshape(-1) for vector, _ in self.classes.locks])
-        roots = self.classes.find(axis)
-        return bool(np.isin(roots, self.classes.find(locked)).all())
+        locked = np.zeros(self.classes.count, dtype=bool)
+        every = np.concatenate([vector.reshape(-1) for vector, _ in self.classes.locks])
+        locked[self.classes.find(every)] = True
+        return bool(locked[self.classes.find(axis)].all())
 
     def lock_all(self, value: Value, reason: str) -> None:
         for axis in self.of(value):

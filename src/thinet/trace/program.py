@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from thinet.trace.decisions import Decision
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Value:
     """A tensor of the program. Values of one `storage` are views of the same memory."""
 
@@ -35,10 +36,10 @@ class Leaves:
     values: list[Value] = field(default_factory=list)
     numbers: list[complex] = field(default_factory=list)
     settings: list[Any] = field(default_factory=list)
-    hidden: list[complex] = field(default_factory=list)
+    hidden: tuple[complex, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Op:
     """One aten operation; tensors among its arguments and results are `Value`s.
 
@@ -103,6 +104,14 @@ class Program:
     on_meta: bool = True
     training: bool = False
     decisions: tuple[Decision, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def by_module(self) -> Mapping[str, Sequence[Op]]:
+        """The operations that each module itself runs, by its path."""
+        found: dict[str, list[Op]] = {}
+        for op in self.ops:
+            found.setdefault(op.module, []).append(op)
+        return found
 
     @property
     def unused(self) -> list[str]:

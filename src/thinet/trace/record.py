@@ -69,9 +69,9 @@ class _Hiding(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in HIDING and isinstance(result, torch.Tensor) and result.numel() <= FEW:
             leaves = tree_flatten((args, kwargs))[0]
-            numbers: list[complex] = [x for x in leaves if isinstance(x, (int, float, complex))]
+            numbers = [x for x in leaves if isinstance(x, (int, float, complex))]
             if numbers:
-                self.recorder.hidden[id(result)] = result, numbers
+                self.recorder.hidden[id(result)] = result, tuple(numbers)
         return result
 
 
@@ -100,7 +100,7 @@ class _Recorder(TorchDispatchMode):
         self.count = 0
         self.values: dict[int, Value] = {}
         self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
-        self.hidden: dict[int, tuple[torch.Tensor, list[complex]]] = {}
+        self.hidden: dict[int, tuple[torch.Tensor, tuple[complex, ...]]] = {}
         self.running = False
 
     def value(self, tensor: torch.Tensor) -> Value:

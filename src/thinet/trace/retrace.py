@@ -175,13 +175,17 @@ def _taken_alone(
     analysis: Analysis, suspects: Mapping[str, ChannelGroup]
 ) -> list[tuple[ChannelGroup, Mismatch]]:
     """Groups with a unit that makes a slice or a piece by itself, so that it may never go."""
+    classes = analysis.labeller.classes
+    owner = {root: g for g in suspects.values() for root in analysis.roots[g.name].tolist()}
     found: dict[str, tuple[ChannelGroup, Mismatch]] = {}
     for op, labels in analysis.labeller.pieces:
-        roots = frozenset(analysis.labeller.classes.find(labels).tolist())
-        for group in suspects.values() if len(roots) == 1 else ():
-            if not roots.isdisjoint(analysis.roots[group.name].tolist()):
-                why = Mismatch(f"{op.where} takes one of it alone", op.module, roots, op.index)
-                found.setdefault(group.name, (group, why))
+        roots = classes.find(labels)
+        if len(roots) and (roots == roots[0]).all():
+            root = int(roots[0])
+            group = owner.get(root)
+            if group is not None and group.name not in found:
+                reason = f"{op.where} takes one of it alone"
+                found[group.name] = group, Mismatch(reason, op.module, frozenset((root,)), op.index)
     return list(found.values())
 
 
