@@ -360,3 +360,40 @@ def test_features_of_boxes_are_cut(roi_align: Any) -> None:
     for name in ("conv1", "fc1"):
         small = thinet.cut(model, inputs, {name: [0, 3]}, verify=True)
         assert small(*inputs).shape == (3, 2)
+
+
+# --- axes that move in place ----------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """Places before channels, without a new tensor."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).clone()
+        if self.way == "unsqueeze_":
+            x.unsqueeze_(1).transpose_(2, 3).squeeze_(1)
+        elif self.way == "t_":
+            x = x[0].clone()
+            x.t_()
+        else:
+            getattr(x, self.way)(1, 2)
+        return self.head(F.relu(self.fc(x)))
+
+
+@pytest.mark.parametrize("places", [4, 6], ids=["places", "as many places as channels"])
+@pytest.mark.parametrize("way", ["transpose_", "swapaxes_", "unsqueeze_", "t_"])
+def test_axes_that_move_in_place_keep_their_channels(way: str, places: int) -> None:
+    model = randomise(Turned(way)).eval()
+    x = torch.randn(8, 3, places // 2, 2, generator=torch.Generator().manual_seed(7))
+    groups = thinet.find_groups(model, x)
+    assert [g.locked is None for g in groups] == [True, True, False]
+    for name in ("conv", "fc"):
+        check(model, x, groups, {name: [0, 3]}, thinet.cut)
+    result = thinet.prune(model, x, [x], budget=thinet.Budget(keep=0.5))
+    assert result.model.conv.out_channels == 3
+    assert result.model(x).isfinite().all()

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
 from thinet.budget import Budget
 from thinet.calibrate.batchnorm import recalibrate_bn
@@ -29,7 +28,7 @@ from thinet.train.feed import Feed
 from thinet.train.finetune import EpochRecord, FinetuneResult, finetune
 from thinet.train.identity import fingerprint, fingerprint_of
 from thinet.train.processes import current
-from thinet.types import ExampleInputs, Progress
+from thinet.types import ExampleInputs, Progress, tensors_in
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ class _Work:
 
 
 def _digest(batches: Sequence[Any]) -> str:
-    tensors = [leaf for leaf in tree_flatten(batches)[0] if isinstance(leaf, Tensor)]
+    tensors = tensors_in(batches)
     if not tensors:
         raise CalibrationError("the calibration data is empty; give at least one batch of images")
     return fingerprint_of({str(number): tensor for number, tensor in enumerate(tensors)})

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from thinet.errors import IndicesError
 
@@ -24,6 +25,11 @@ def as_call(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors in a nest of tuples, lists and dicts, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def call(model: nn.Module, inputs: ExampleInputs) -> Any:

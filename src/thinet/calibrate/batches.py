@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from thinet.errors import CalibrationError
-from thinet.types import ExampleInputs, as_call
+from thinet.types import ExampleInputs, as_call, tensors_in
 
 
 def calibration_inputs(calibration: Iterable[Any], *, device: torch.device) -> list[ExampleInputs]:
@@ -41,7 +41,7 @@ def calibration_pairs(
         inputs, target = batch, None
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             inputs, target = batch
-        tensors = tensors_in(inputs)
+        tensors = tensors_in(as_call(inputs))
         if not tensors:
             raise CalibrationError(
                 f"calibration batch {number} is {type(batch).__name__} without a tensor; give "
@@ -66,17 +66,8 @@ def calibration_pairs(
 
 def images_in(inputs: ExampleInputs) -> int:
     """The batch size: the first dimension of the first tensor that has one."""
-    shapes = [x.shape for x in tensors_in(inputs) if x.ndim]
+    shapes = [x.shape for x in tensors_in(as_call(inputs)) if x.ndim]
     return shapes[0][0] if shapes else 1
-
-
-def tensors_in(inputs: ExampleInputs) -> list[torch.Tensor]:
-    """All tensors of one batch."""
-    return [x for x in _leaves(inputs) if isinstance(x, torch.Tensor)]
-
-
-def _leaves(inputs: Any) -> list[Any]:
-    return tree_flatten(as_call(inputs))[0]
 
 
 def _moved(inputs: Any, device: torch.device) -> ExampleInputs:

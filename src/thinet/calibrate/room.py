@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from thinet.calibrate.batches import images_in, tensors_in
+from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import sum_bytes
 from thinet.calibrate.patches import BLOCK
@@ -13,7 +13,7 @@ from thinet.calibrate.rows import WIDEST, columns_of
 from thinet.store import GIB, Store
 from thinet.trace.environment import peak_bytes
 from thinet.trace.interpret import Execution
-from thinet.types import ExampleInputs
+from thinet.types import ExampleInputs, as_call, tensors_in
 
 SYSTEMS = 4
 """Matrices as large as the largest second moments that selection and repair hold at once."""
@@ -54,8 +54,9 @@ def leave_room(
     entries = (math.prod(v.y.shape[:1] + v.y.shape[2:]) * columns[op] for op, v in layers.items())
     widest = max((n for n in columns.values() if n <= WIDEST), default=0)
     systems = SYSTEMS * ENTRY * widest**2
+    calls = [as_call(batch) for batch in batches]
     parts = {
-        "the calibration images": sum(t.nbytes for batch in batches for t in tensors_in(batch)),
+        "the calibration images": sum(tensor.nbytes for tensor in tensors_in(calls)),
         f"what the model computes for {images_in(largest)} images at a time": peak_bytes(
             execution.program(largest)
         ),

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from thinet.calibrate.batches import images_in
 from thinet.errors import ExportError, OptionError
 from thinet.observe import preserved_rng
-from thinet.types import ExampleInputs, call
+from thinet.types import ExampleInputs, call, tensors_in
 
 TOLERANCE = 1e-3
 """Largest difference of a float32 output, relative to the largest number in it."""
@@ -71,11 +71,6 @@ def resized(inputs: ExampleInputs, batch: int) -> ExampleInputs:
 def has_batch(leaf: Any, size: int) -> bool:
     """Whether a tensor's first dimension counts the examples."""
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors, in order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def largest_error(

@@ -22,11 +22,10 @@ from thinet.export.check import (
     first_line,
     kept_if_right,
     largest_error,
-    tensors_in,
     written_bytes,
 )
 from thinet.export.program import Captured, capture
-from thinet.types import ExampleInputs
+from thinet.types import ExampleInputs, tensors_in
 
 OPSET = 20
 """Operators of ONNX 1.15 (2023), which the runtimes of today have."""

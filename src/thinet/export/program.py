@@ -22,11 +22,10 @@ from thinet.export.check import (
     kept_if_right,
     largest_error,
     resized,
-    tensors_in,
     written_bytes,
 )
 from thinet.trace.replica import copied
-from thinet.types import ExampleInputs, as_call, call
+from thinet.types import ExampleInputs, as_call, call, tensors_in
 
 BATCH = "batch"
 """Name of the dynamic dimension."""

@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from thinet.types import tensors_in
+
 RESULTS: Final = frozenset(
     (
         *"aten.nonzero aten._unique2 aten.unique_dim aten.unique_consecutive aten.equal".split(),
@@ -59,7 +61,7 @@ class Decisions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = f"{func.namespace}.{func._opname}"
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        given = tensors_in((args, kwargs))
         by_data = name not in FRESH and any(id(x) not in self._constant for x in given)
         shapes = tuple(x.shape for x in given)
         if by_data and name in MASKED:

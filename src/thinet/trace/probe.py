@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import FIXED, Axis, Classes, Labeller, Mask, Vector
 from thinet.trace.planning import followed_changes, make_plan, removed_classes
-from thinet.trace.program import Op, Program
+from thinet.trace.program import Loop, Op, Program, Value
 from thinet.trace.record import EnoughError, StoppedError, record_replica
 from thinet.trace.replica import Call, meta_twin
 from thinet.trace.rules import RULES
@@ -149,7 +150,9 @@ def probe(
         except StoppedError as error:
             mismatch = comparison.finish(error)
         if mismatch is not None:
-            return replace(mismatch, index=before + mismatch.index)
+            index = before + mismatch.index
+            # It may also stop on the way to the one after.
+            return replace(mismatch, index=index) if until is None or index <= until else None
         before = len(analysis.program.ops)
     return None
 
@@ -178,13 +181,14 @@ class _Comparison:
             self.left[id(axis)] = known  # with the axis itself, so that its id stays its own
         return known[1]
 
+    def _left(self, axis: Axis) -> Axis:
+        return self.stays(axis) if isinstance(axis, np.ndarray) else axis
+
     def begin(self, program: Program) -> None:
         original = self.original
         seeds = {name: original.axes[key] for key, name in original.program.names.items()}
         for name in self.cut.cut.intersection(seeds):
-            seeds[name] = tuple(
-                self.stays(axis) if isinstance(axis, np.ndarray) else axis for axis in seeds[name]
-            )
+            seeds[name] = tuple(map(self._left, seeds[name]))
         self.walk = Labeller(program, self.classes, RULES, seeds=seeds, original=original)
         self.walk.begin()
 
@@ -225,6 +229,44 @@ class _Comparison:
             self._ended("runs another number of operations once channels are gone")
         self.enough = True
         raise EnoughError
+
+    def loop(self, inputs: Sequence[Value], settings: tuple[Any, ...]) -> Loop | None:
+        """The original's loop that one on these inputs may stand for; else its operations tell."""
+        loop = self.original.program.loops.get(self.place)
+        if loop is None or self.enough or (self.until is not None and self.until < loop.stop):
+            return None
+        if settings != loop.settings or len(inputs) != len(loop.inputs):
+            return None
+        return loop if all(map(self._follows, loop.inputs, inputs)) else None
+
+    def passed(self, loop: Loop, outputs: Sequence[Value]) -> None:
+        """Go on behind a loop, a single step of which has run."""
+        for before, after in zip(loop.outputs, outputs, strict=True):
+            axes = tuple(map(self._left, self.original.axes[before.id]))
+            sizes = (len(a) if isinstance(a, np.ndarray) else n for a, n in zip(axes, before.shape))
+            if after.shape != tuple(sizes):
+                self._stop(
+                    f"a result of sizes {list(before.shape)} became one of {list(after.shape)}",
+                    self.ours[loop.stop - 1],
+                )
+                raise EnoughError
+            self.walk.axes[after.id] = axes
+            if before.id in self.original.static:
+                self.walk.static.add(after.id)
+        self.place = loop.stop
+
+    def _follows(self, before: Value, after: Value) -> bool:
+        """Whether a value has the sizes and labels that are left of the original's."""
+        axes = self.walk.axes.get(after.id, ())
+        if len(axes) != len(before.shape):
+            return False
+        for dim, expected in enumerate(self.original.axes[before.id]):
+            found = self._axis(expected, axes[dim], before.shape[dim], after.shape[dim])
+            if isinstance(found, str):
+                return False
+            if isinstance(expected, np.ndarray) and isinstance(found, np.ndarray):
+                self.classes.unify(found, self.stays(expected))  # new labels, with what they meet
+        return not self.classes.clashes
 
     def finish(self, stopped: StoppedError | None) -> Mismatch | None:
         """What was found in all."""

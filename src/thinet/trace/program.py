@@ -80,6 +80,20 @@ class Op:
 
 
 @dataclass(frozen=True, eq=False)
+class Loop:
+    """Operations `start` to `stop` (not itself) are PyTorch's own loop over time steps.
+
+    `settings` are those of its arguments that are no tensors.
+    """
+
+    start: int
+    stop: int
+    settings: tuple[Any, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """Every operation of one forward pass, in order.
 
@@ -92,6 +106,7 @@ class Program:
         on_meta: whether it was recorded without computing anything.
         training: whether it was recorded in training mode.
         decisions: what was decided by data, where it was not on meta.
+        loops: by the number of its first operation, each of PyTorch's own loops.
     """
 
     ops: tuple[Op, ...]
@@ -104,6 +119,7 @@ class Program:
     on_meta: bool = True
     training: bool = False
     decisions: tuple[Decision, ...] = field(default=(), repr=False)
+    loops: Mapping[int, Loop] = field(default_factory=dict, repr=False)
 
     @cached_property
     def by_module(self) -> Mapping[str, Sequence[Op]]:

@@ -11,7 +11,7 @@ the same (see `thinet.surgery.explicit`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -28,10 +28,11 @@ from thinet.errors import OptionError, TraceError
 from thinet.observe import evaluating, module_calls, plain_attention, preserved_rng
 from thinet.surgery.apply import named_tensors
 from thinet.trace.decisions import Decisions
-from thinet.trace.program import Leaves, Op, Program, Value, plain
+from thinet.trace.loops import is_loop, one_step
+from thinet.trace.program import Leaves, Loop, Op, Program, Value, plain
 from thinet.trace.remembered import run_on_meta
 from thinet.trace.replica import Call, meta_replica, real_replica
-from thinet.types import ExampleInputs, as_call
+from thinet.types import ExampleInputs, as_call, tensors_in
 
 
 class StoppedError(Exception):
@@ -53,19 +54,27 @@ class Watch(Protocol):
     def step(self, op: Op) -> None:
         """Called after each; may raise `EnoughError` to stop."""
 
+    def loop(self, inputs: Sequence[Value], settings: tuple[Any, ...]) -> Loop | None:
+        """Called before one of PyTorch's own; which of the original may stand for it, if any."""
+
+    def passed(self, loop: Loop, outputs: Sequence[Value]) -> None:
+        """Called after such a loop, none of whose operations was shown."""
+
 
 class EnoughError(BaseException):
     """A watch has seen enough. No model's own `except Exception` may catch it."""
 
 
-class _Hiding(TorchFunctionMode):
-    """Tells a recorder of the numbers that are put into tensors; no operation shows them."""
+class _Functions(TorchFunctionMode):
+    """Tells a recorder what no operation shows: numbers put into tensors, PyTorch's own loops."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_loop(func, args):
+            return self.recorder.loop(func, args)
         result = func(*args, **(kwargs or {}))
         if func in HIDING and isinstance(result, torch.Tensor) and result.numel() <= FEW:
             leaves = tree_flatten((args, kwargs))[0]
@@ -85,6 +94,12 @@ def _name(func: torch._ops.OpOverload) -> str:
     return f"{func.namespace}.{func._opname}"
 
 
+@lru_cache(maxsize=1 << 10)
+def _turns(func: torch._ops.OpOverload) -> bool:
+    """Whether its first argument has other axes afterwards, as of `x.transpose_(1, 2)`."""
+    return torch.Tag.inplace_view in func.tags
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down each operation that reaches the dispatcher."""
 
@@ -99,9 +114,12 @@ class _Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.count = 0
         self.values: dict[int, Value] = {}
-        self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
+        # Ids stay unique while their tensors live.
+        self.alive: list[tuple[torch.Tensor, Value]] = []
         self.hidden: dict[int, tuple[torch.Tensor, tuple[complex, ...]]] = {}
+        self.loops: dict[int, Loop] = {}
         self.running = False
+        self.silent = False
 
     def value(self, tensor: torch.Tensor) -> Value:
         key = id(tensor)
@@ -113,9 +131,9 @@ class _Recorder(TorchDispatchMode):
                     "channels of such a class operations do not tell"
                 )
             storage = tensor.untyped_storage()._cdata if not tensor.is_sparse else key
-            value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, storage)
+            value = Value(len(self.alive), tuple(tensor.shape), tensor.dtype, storage)
             self.values[key] = value
-            self.alive.append(tensor)
+            self.alive.append((tensor, value))
         return value
 
     def abstract(self, tree: Any, leaves: Leaves) -> Any:
@@ -144,13 +162,17 @@ class _Recorder(TorchDispatchMode):
         return tree
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = run_on_meta if self.on_meta else _run
         # Modes that watch functions (a default device) shall see the model's and not those below.
         with torch._C.DisableTorchFunction():
+            if self.silent:
+                return run(func, args, kwargs or {})
             given, made = Leaves(), Leaves()
             taken = self.abstract(tuple(args), given)
             named = self.abstract(kwargs or {}, given)
-            run = run_on_meta if self.on_meta else _run
             result = run(func, args, kwargs or {})
+            if _turns(func):  # the same tensor is another value from here on
+                del self.values[id(args[0])]
             left = self.abstract(result, made)
             module = self.stack[-1]
             op = Op(self.count, func, _name(func), taken, named, left, module, given, made.values)
@@ -160,6 +182,28 @@ class _Recorder(TorchDispatchMode):
             else:
                 self.watch.step(op)
         return result
+
+    def loop(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Run one of PyTorch's own loops; of one that a watch knows, a single step."""
+        with torch._C.DisableTorchFunction():
+            given = tuple(map(self.value, tensors_in(args)))
+            known = self.watch.loop(given, args[3:]) if self.watch and self.on_meta else None
+        if self.watch is None or known is None:
+            start = self.count
+            outputs = func(*args)
+            with torch._C.DisableTorchFunction():
+                made = tuple(map(self.value, outputs))
+            self.loops[start] = Loop(start, self.count, args[3:], given, made)
+            return outputs
+        self.silent = True
+        try:
+            outputs = one_step(func, args)
+        finally:
+            self.silent = False
+        with torch._C.DisableTorchFunction():
+            self.watch.passed(known, tuple(map(self.value, outputs)))
+        self.count += known.stop - known.start
+        return outputs
 
     def program(
         self,
@@ -179,7 +223,7 @@ class _Recorder(TorchDispatchMode):
             made |= {v.id for v in op.outputs()} - read  # what is written in place was there before
         constants = {
             value.id: tensor
-            for tensor, value in zip(self.alive, self.values.values(), strict=True)
+            for tensor, value in self.alive
             if value.id >= known and value.id not in made
         }
         return Program(
@@ -192,6 +236,7 @@ class _Recorder(TorchDispatchMode):
             called=called,
             on_meta=self.on_meta,
             training=self.training,
+            loops=self.loops,
         )
 
 
@@ -233,8 +278,7 @@ def record_replica(
         StoppedError: the forward pass did not reach its end.
     """
     args, kwargs = inputs
-    leaves = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor)]
-    on_meta = leaves[0].is_meta
+    on_meta = tensors_in(inputs)[0].is_meta
     with (
         torch.device("meta") if on_meta else nullcontext(),
         warnings.catch_warnings(),
@@ -248,13 +292,13 @@ def record_replica(
         with torch._C.DisableTorchFunction():
             named = {name: recorder.value(tensor) for name, tensor in named_tensors(replica)}
             given = recorder.abstract((args, kwargs), Leaves())
-            known = len(recorder.values)
+            known = len(recorder.alive)
             begun = recorder.program(given, named, known, (), ())
             if watch is not None:
                 watch.begin(begun)
         try:
             recorder.running = True
-            with _Hiding(recorder), recorder:
+            with _Functions(recorder), recorder:
                 outputs = replica(*args, **kwargs)
             return begun if watch else recorder.program(given, named, known, outputs, calls)
         except EnoughError:
@@ -284,7 +328,7 @@ def check_inputs(inputs: ExampleInputs) -> None:
             "a model cannot be traced inside torch.inference_mode(), where operations are not "
             "taken apart; leave that block, thinet computes no gradients that it does not need"
         )
-    if not any(isinstance(x, torch.Tensor) for x in tree_flatten(as_call(inputs))[0]):
+    if not tensors_in(as_call(inputs)):
         raise TraceError(
             f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "
             "of positional inputs or a dict of keyword inputs"
@@ -293,7 +337,5 @@ def check_inputs(inputs: ExampleInputs) -> None:
 
 def describe(inputs: ExampleInputs) -> str:
     """The shapes of the inputs, for messages."""
-    shapes = [
-        str(tuple(x.shape)) for x in tree_flatten(as_call(inputs))[0] if isinstance(x, torch.Tensor)
-    ]
+    shapes = [str(tuple(x.shape)) for x in tensors_in(as_call(inputs))]
     return "shapes " + ", ".join(shapes)
