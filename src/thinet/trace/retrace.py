@@ -18,11 +18,12 @@ import numpy as np
 from torch import nn
 
 from thinet.paths import named_modules
+from thinet.trace.comparison import Mismatch
 from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import BY_NUMBER, Labeller
 from thinet.trace.planning import left_empty
-from thinet.trace.probe import Mismatch, Trial, probe, trial
+from thinet.trace.probe import Trial, probe, trial
 from thinet.trace.replica import Call
 from thinet.types import ChannelGroup
 
