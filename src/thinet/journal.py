@@ -108,7 +108,7 @@ class Journal:
             raise CheckpointError(
                 f"{self.folder} holds a comparison that was started differently: "
                 f"{'; '.join(different[:SHOWN])}{more}. Give what it was started with, another "
-                "folder, or resume=False to start over"
+                "folder, or resume=False (--start-over) to start over"
             )
 
     def _facts(self, path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def report(
 ) -> None:
     """Show a kept result, or write it as a page.
 
-    `thinet prune model.py:net images --macs 0.5 --out small.safetensors --json > result.json`
+    `thinet prune MODEL ... --json > result.json`
 
     `thinet report result.json --out result.html`
     """

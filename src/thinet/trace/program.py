@@ -100,7 +100,8 @@ class Program:
     Attributes:
         inputs: the example inputs' arguments, tensors replaced by values (args, kwargs).
         outputs: what the model returned, tensors replaced by values.
-        parameters: value id to the first dotted name of a parameter or buffer.
+        parameters: by its id, the value of each parameter and buffer.
+        names: by value id, the first dotted name of each.
         constants: value id to a tensor that is none of these (made in the model's constructor).
         called: for each module call, its path and the values it returned.
         on_meta: whether it was recorded without computing anything.

@@ -75,7 +75,15 @@ def differences(saved: Any, given: Any, where: str = "") -> list[str]:
             for key in keys
             for line in differences(saved.get(key), given.get(key), f"{where}{key} ")
         ]
-    return [] if saved == given else [f"{where.strip()} was {saved!r} and is now {given!r}"]
+    if saved == given:
+        return []
+    return [f"{where.strip()} was {_shown(saved)} and is now {_shown(given)}"]
+
+
+def _shown(value: Any) -> str:
+    """Of a digest the beginning, which tells two apart."""
+    digest = isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2
+    return repr(value[:12] if digest else value)
 
 
 def _as_json(value: Any) -> Any:
