@@ -42,18 +42,25 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
-    """Collections of garbage do not go through what was there before; many traces make many.
+    """Collections of garbage do not go through what was there before, and are few.
 
-    Where another has frozen objects (`gc.freeze`), nothing is done, so that theirs stay so.
+    Many traces make many objects and little garbage. Where another has frozen objects (`gc.freeze`), nothing is done, so that theirs stay so.
     """
     if gc.get_freeze_count():
         yield
         return
+    often = gc.get_threshold()
+    gc.set_threshold(SELDOM, *often[1:])
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        gc.set_threshold(*often)
+
+
+SELDOM = 50_000
+"""New objects, tens of megabytes, after which garbage is looked for."""
 
 
 @contextmanager
