@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import thinet
 from tests.oracle import check, randomise
+from thinet.errors import LockedGroupError, VerificationError
 from thinet.trace import record
 from thinet.trace.analyse import analyse
 from thinet.trace.loops import is_loop, one_step
@@ -143,3 +144,16 @@ def test_channels_that_are_taken_by_number_before_a_loop_are_not_cut_wrongly() -
         if group.locked is None:
             check(model, x, groups, {group.name: [0]}, thinet.cut)
     assert any("number" in str(g.locked) or "size" in str(g.locked) for g in groups)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_a_projection_may_not_become_as_wide_as_what_it_projects() -> None:
+    """PyTorch would take such an LSTM for one that does not project."""
+    model, x = Recurrent(None, nn.LSTM, proj_size=3), torch.randn(7, 2, 3)
+    model.head = nn.Linear(3, 4)
+    groups = thinet.find_groups(model, x)
+    embed, hidden, _, _ = groups
+    assert embed.locked is None
+    check(model, x, groups, {"embed": [0, 3]}, thinet.cut)
+    with pytest.raises((LockedGroupError, VerificationError)):
+        thinet.cut(model, x, {hidden.name: [0, 1, 2]})

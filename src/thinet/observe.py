@@ -44,7 +44,8 @@ def preserved_rng() -> Iterator[None]:
 def only_new_garbage() -> Iterator[None]:
     """Collections of garbage do not go through what was there before, and are few.
 
-    Many traces make many objects and little garbage. Where another has frozen objects (`gc.freeze`), nothing is done, so that theirs stay so.
+    Many traces make many objects and little garbage. Where another has frozen objects
+    (`gc.freeze`), nothing is done, so that theirs stay so.
     """
     if gc.get_freeze_count():
         yield

@@ -112,6 +112,7 @@ def one_round(
     orders, curves, notes = _orders(task, groups, seen, gradients)
     kept = dict(known) if known is not None else _widths(task, groups, curves)
     keep = {g.name: orders[g.name].keep(kept[g.name]) for g in groups if kept[g.name] < g.channels}
+    notes += _of_the_cut(groups, keep)
     clock.lap("choosing")
     check_left(task.analysis, keep)
     plan = make_plan(task.analysis, model, keep)
@@ -188,7 +189,7 @@ def _orders(
     criterion = task.options.chosen_by
     orders: dict[str, Order] = {}
     curves: dict[str, Sequence[float]] = {}
-    notes: list[str] = []
+    unmeasured: dict[str, str] = {}
     for group in groups:
         stats = replace(
             group_statistics(task.model, group, seen, seed=task.options.seed),
@@ -197,10 +198,7 @@ def _orders(
         )
         missing = sorted(need for need in criterion.needs if not stats.has(need))
         if missing and stats.has("filters"):
-            notes.append(
-                f"{group.name}: what {criterion.name} looks at could not be measured "
-                f"({', '.join(missing)}), so its channels were chosen by weight sum"
-            )
+            unmeasured[group.name] = ", ".join(missing)
             order = get("weight-sum")(stats)
         else:
             order = criterion(stats)
@@ -209,12 +207,36 @@ def _orders(
             curves[group.name] = order.errors
         elif task.by_error and stats.has("hessians"):
             curves[group.name] = group_refit_errors(stats.consumers, order.removed, name=group.name)
-    if groups and len(notes) == len(groups):
+    if groups and len(unmeasured) == len(groups):
+        paper = task.options.sampling == "paper"
         raise CalibrationError(
             f"criterion {criterion.name!r} can judge none of the chosen groups; choose another "
-            "criterion: " + "; ".join(notes[:3])
+            f"criterion{' or exact sampling' if paper else ''}: "
+            + "; ".join(
+                f"{name}: {what} could not be measured"
+                for name, what in list(unmeasured.items())[:3]
+            )
         )
+    notes = (
+        f"{name}: what {criterion.name} looks at could not be measured ({what}), so its channels "
+        "were chosen by weight sum"
+        for name, what in unmeasured.items()
+    )
     return orders, curves, tuple(notes)
+
+
+def _of_the_cut(
+    groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
+) -> tuple[str, ...]:
+    """What a reader of the report should know about the cut itself."""
+    if not keep:
+        return ("nothing was cut: every group keeps all of its channels",)
+    return tuple(
+        f"{group.name}: {group.normalised_over}, so what stays changes with what goes; this cut is "
+        "not exact and was not verified"
+        for group in groups
+        if group.normalised_over is not None and group.name in keep
+    )
 
 
 def _widths(

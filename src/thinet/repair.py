@@ -332,7 +332,7 @@ class _Pass:
         gain = torch.rsqrt(tensors[norm.var] + norm.eps)
         if norm.scale is not None:
             gain = gain * tensors[norm.scale]
-        dead = gain.abs() < 1e-3 * gain.abs().max()
+        dead = gain.abs() <= 1e-3 * gain.abs().max()  # all of them, where the largest is 0
         return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
 
 

@@ -13,6 +13,7 @@ from thinet.plan import Plan, Replacement
 from thinet.surgery.replace import replace
 from thinet.surgery.thin_conv import not_thinnable, options_of, take_weights
 from thinet.trace.analyse import analyse
+from thinet.trace.record import check_model
 from thinet.trace.replica import copied
 from thinet.types import ExampleInputs
 
@@ -47,6 +48,7 @@ def thin(model: nn.Module, *, only: str | Sequence[str] | None = None) -> ThinRe
         OptionError: no convolution has zero taps, a pattern fits none, or fits one that cannot be
             thinned (which, and why).
     """
+    check_model(model)
     patterns = (only,) if isinstance(only, str) else only
     stays: dict[str, Tensor] = {}
     convolutions = {p: m for p, m in model.named_modules() if isinstance(m, nn.Conv2d)}

@@ -10,8 +10,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from thinet.errors import OptionError
+from thinet.errors import ModelError, OptionError
 from thinet.observe import evaluating
+from thinet.trace.record import check_model, describe
 from thinet.types import ExampleInputs, call
 
 
@@ -53,20 +54,35 @@ def latencies(
         seconds: of timed runs for each model; at least 10 runs, after 3 that are not counted.
 
     Raises:
-        OptionError: `seconds` is not above zero.
+        OptionError: `seconds` is not above zero, or a model is no module.
+        ModelError: a model does not run on the inputs.
     """
+    for model in models.values():
+        check_model(model)
     if not seconds > 0:
         raise OptionError(f"seconds of timed runs must be above zero, got {seconds}")
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
-        for model in models.values():
+        for name, model in models.items():
             for _ in range(3):
-                _timed(model, inputs)
+                _tried(name, model, inputs)
         end = time.perf_counter() + seconds * len(models)
         while time.perf_counter() < end or any(len(runs) < 10 for runs in times.values()):
             for name, model in models.items():
                 times[name].append(_timed(model, inputs))
     return {name: _summary(runs, _device(models[name])) for name, runs in times.items()}
+
+
+def _tried(name: str, model: nn.Module, inputs: ExampleInputs) -> None:
+    try:
+        _timed(model, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"{name}: {type(model).__name__} does not run on the inputs ({describe(inputs)}): "
+            f"{error}"
+        ) from error
 
 
 def _timed(model: nn.Module, inputs: ExampleInputs) -> float:

@@ -121,7 +121,8 @@ def _reason(error: Exception) -> str:
     """The sentence that says what was found, without torch's pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "Unsupported" in line or "WeightsUnpickler" in line]
-    return (telling or lines or [type(error).__name__])[0][:160]
+    said = (telling or lines or [""])[0][:160]
+    return f"{type(error).__name__}: {said}" if len(said.split()) < 2 else said
 
 
 def _counters(own: Mapping[str, torch.Tensor]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from thinet.calibrate.batches import calibration_inputs
 from thinet.errors import CalibrationError
 from thinet.observe import evaluating, preserved_rng
 from thinet.surgery.apply import named_tensors
-from thinet.trace.record import describe
+from thinet.trace.record import check_model, describe
 from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, call
 
@@ -31,7 +31,9 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
 
     Raises:
         CalibrationError: the data is empty or not finite, or does not fit the model.
+        OptionError: the model is no module.
     """
+    check_model(model)
     fresh = copied(model)
     norms = {
         name: m

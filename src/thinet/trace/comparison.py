@@ -100,6 +100,7 @@ class Comparison:
         self.ours = original.program.ops
         self.place = 0
         self.enough = False
+        self.within: Loop | None = None  # whose one step is running
         self.broken: Exception | None = None
         self.mismatch: Mismatch | None = None
         self.left: dict[int, tuple[Vector, Vector]] = {}
@@ -165,11 +166,13 @@ class Comparison:
     def loop(self, inputs: Sequence[Value], settings: tuple[Any, ...]) -> Loop | None:
         """The original's loop that one on these inputs may stand for; else its operations tell."""
         loop = self.original.program.loops.get(self.place)
-        if loop is None or self.enough or (self.until is not None and self.until < loop.stop):
+        if loop is None or self.enough or (self.until is not None and self.until < loop.stop - 1):
             return None
         if settings != loop.settings or len(inputs) != len(loop.inputs):
             return None
-        return loop if all(map(self._follows, loop.inputs, inputs)) else None
+        if all(map(self._follows, loop.inputs, inputs)):
+            self.within = loop
+        return self.within
 
     def passed(self, loop: Loop, outputs: Sequence[Value]) -> None:
         """Go on behind a loop, a single step of which has run."""
@@ -185,7 +188,7 @@ class Comparison:
             self.walk.axes[after.id] = axes
             if before.id in self.original.static:
                 self.walk.static.add(after.id)
-        self.place = loop.stop
+        self.place, self.within = loop.stop, None
 
     def _follows(self, before: Value, after: Value) -> bool:
         """Whether a value has the sizes and labels that are left of the original's."""
@@ -212,7 +215,8 @@ class Comparison:
         return self.mismatch
 
     def _ended(self, what: str) -> None:
-        self._stop(f"the forward code {what}", self.ours[min(self.place, len(self.ours) - 1)])
+        place = self.place if self.within is None else self.within.stop - 1
+        self._stop(f"the forward code {what}", self.ours[min(place, len(self.ours) - 1)])
 
     def _stop(self, reason: str, at: Op, roots: frozenset[int] | None = None) -> None:
         self.enough = True

@@ -328,6 +328,11 @@ def check_inputs(inputs: ExampleInputs) -> None:
             "a model cannot be traced inside torch.inference_mode(), where operations are not "
             "taken apart; leave that block, thinet computes no gradients that it does not need"
         )
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise TraceError(
+            "a model cannot be traced inside torch.autocast(), which changes the precision of what "
+            "is measured; leave that block (autocast inside the model's own forward is fine)"
+        )
     if not tensors_in(as_call(inputs)):
         raise TraceError(
             f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "

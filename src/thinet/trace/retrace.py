@@ -240,8 +240,6 @@ def _culprits(
     parameters of, then all.
     """
     at = [name for name in keep if not mismatch.roots.isdisjoint(analysis.roots[name].tolist())]
-    if len(at) == 1:
-        return [(analysis.group(at[0]), mismatch)]
 
     def fails(names: Sequence[str]) -> Mismatch | None:
         cut = trial(analysis, pristine, {name: keep[name] for name in names})
@@ -253,6 +251,8 @@ def _culprits(
         for name in keep
         if any(member.parameter.startswith(path) for member in analysis.group(name).members)
     ]
+    if len(at) == 1 and {*at, *inside} == {*at}:
+        return [(analysis.group(at[0]), mismatch)]
     for names in (at, inside, list(keep)):
         found = (_alone(fails, names) or _together(fails, names, mismatch)) if names else []
         if found:

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from thinet.errors import DataError, ModelError
 from thinet.observe import evaluating
+from thinet.trace.record import check_model
 from thinet.train.feed import Feed
-from thinet.train.outputs import check_targets, logits_of
+from thinet.train.outputs import check_targets, logits_of, output_of
 from thinet.train.processes import Processes, current
 from thinet.types import Progress
 
@@ -56,8 +57,11 @@ def evaluate(
 
     Raises:
         DataError: no images, batches that are not pairs, or labels out of range.
-        ModelError: the model gives something else than logits, or logits that are not finite.
+        ModelError: the model does not run on the images, gives something else than logits, or
+            logits that are not finite.
+        OptionError: it is no module.
     """
+    check_model(model)
     processes = current(device)
     feed = Feed(data, seed=0, rank=processes.rank, world=processes.world)
     placed = model if _is_on(model, processes.device) else copy.deepcopy(model)
@@ -74,7 +78,8 @@ def evaluate_feed(
         for number, images, labels in feed.epoch(0):
             if len(images):
                 images = images.to(processes.device, non_blocking=True)
-                totals += _scores(model(images), labels, f"batch {number}")
+                where = f"batch {number}"
+                totals += _scores(output_of(model, images, where), labels, where)
             if progress is not None and processes.main:
                 progress("evaluating", number + 1, feed.batches)
     totals = processes.summed(totals.to(_sum_device(processes))).tolist()

@@ -12,6 +12,7 @@ from torch import nn
 
 from thinet.errors import ModelError, OptionError
 from thinet.seeds import seeded
+from thinet.trace.record import check_model
 from thinet.train.config import FinetuneConfig
 from thinet.train.feed import Feed
 from thinet.train.identity import identity_of
@@ -72,11 +73,13 @@ def finetune(
 
     Raises:
         OptionError: an option is out of range, or two contradict each other.
-        ModelError: nothing in the model can be trained, or its outputs are not logits.
+        ModelError: nothing in the model can be trained, it does not run on the images, or its
+            outputs are not logits.
         DataError: the data is empty, or its labels do not fit the model.
         TrainingError: the loss is no longer finite. The last checkpoint stays.
         CheckpointError: the folder cannot be written, or holds a run with other arguments.
     """
+    check_model(model)
     config = config or FinetuneConfig()
     _check(model, epochs, save_every, teacher, config)
     processes = current(device)

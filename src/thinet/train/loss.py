@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from thinet.errors import DataError
+from thinet.errors import DataError, ModelError
 from thinet.observe import evaluating
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
-from thinet.train.outputs import auxiliary_of, check_targets, logits_of
+from thinet.train.outputs import auxiliary_of, check_targets, logits_of, output_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +43,7 @@ class Loss:
         loss = self._labels(logits, labels)
         if self.teacher is not None:
             with evaluating(self.teacher), torch.no_grad(), self._precision():
-                taught = logits_of(self.teacher(images))
+                taught = logits_of(output_of(self.teacher, images, f"{where}, the teacher"))
             weight = self.config.distill_weight
             softened = distillation(logits, taught, self.config.temperature)
             loss = (1 - weight) * loss + weight * softened
@@ -54,8 +54,8 @@ class Loss:
     def _run(self, model: nn.Module, images: torch.Tensor, where: str) -> Any:
         try:
             with self._precision():
-                return model(images)
-        except ValueError as error:
+                return output_of(model, images, where)
+        except ModelError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise DataError(

@@ -6,8 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from thinet.errors import DataError, ModelError
+from thinet.errors import DataError, ModelError, ThinetError
+
+
+def output_of(model: nn.Module, images: torch.Tensor, where: str) -> Any:
+    """What the model returns.
+
+    Raises:
+        ModelError: it does not run on these images.
+    """
+    try:
+        return model(images)
+    except (torch.OutOfMemoryError, ThinetError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"{where}: {type(model).__name__} does not run on images of shape "
+            f"{tuple(images.shape)}: {error}"
+        ) from error
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -146,6 +146,19 @@ def embedding(labels: Labeller, op: Op) -> None:
     labels.mixings.append(Mixing(op, FIXED, FIXED, made, (), 0))
 
 
+def embedding_bag(labels: Labeller, op: Op) -> None:
+    """Entries of a table (rows, c), summed, averaged or compared by bags: (bags, c)."""
+    rows, made = labels.of(op.inputs()[0])
+    labels.lock(rows, f"{op.where} looks entries up by number")
+    out, *others = op.outputs()
+    labels.set(out, (FIXED, made))
+    for other in others:  # of each bag, and for the largest of each channel where it was found
+        labels.set(
+            other, (FIXED, made) if other.shape == out.shape else (FIXED,) * len(other.shape)
+        )
+    labels.mixings.append(Mixing(op, FIXED, FIXED, made, (), 0))
+
+
 STRIDE = 16
 """Bytes that strides of a product by groups are multiples of."""
 
@@ -187,4 +200,6 @@ RULES = {
     "aten.addmm_": matmul,
     "aten.baddbmm_": matmul,
     "aten.embedding": embedding,
+    "aten._embedding_bag": embedding_bag,
+    "aten._embedding_bag_forward_only": embedding_bag,
 }
