@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import thinet
 from tests.more_nets import TiedEmbeddingNet
 from tests.nets import BatchNormVGG, BufferScaleNet, ConcatNet, FrozenNet, Net
 from tests.oracle import call, outputs, randomise
 from thinet import checkpoint
 from thinet.checkpoint import KEY, load, load_plan, save
 from thinet.cut import apply_to_copy
-from thinet.errors import CheckpointError
+from thinet.errors import CheckpointError, UnknownGroupError
 from thinet.plan import Plan
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
@@ -80,6 +81,21 @@ def test_a_file_gives_the_same_model_back(cls: type[Net], tmp_path: Path) -> Non
     assert load_plan(path) == plan
 
 
+def test_a_cut_by_hand_is_saved_with_its_plan(tmp_path: Path) -> None:
+    model: Any = randomise(BatchNormVGG()).eval()
+    x = model.example()
+    name = next(g.name for g in thinet.find_groups(model, x) if g.locked is None)
+    before = copy.deepcopy(model.state_dict())
+    plan = thinet.plan_cut(model, x, {name: [2, 0]})
+    assert dict(plan.keep) == {name: (0, 2)}
+    small = thinet.cut(model, x, {name: [0, 2]})
+    again = load(save(tmp_path / "small.safetensors", small, plan), BatchNormVGG().eval())
+    assert torch.equal(again(x), small(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UnknownGroupError, match="no group is named 'nowhere'"):
+        thinet.plan_cut(model, x, {"nowhere": [0]})
+
+
 def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     small, plan, _ = pruned(TiedEmbeddingNet)
     path = save(tmp_path / "small.safetensors", small, plan)
@@ -95,7 +111,7 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_file_says_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
     small, plan, _ = pruned(dtype=dtype)
-    found = load(save(tmp_path / "s.safetensors", small, plan), BatchNormVGG())
+    found = load(save(tmp_path / "s.safetensors", small, plan), BatchNormVGG().eval())
     for name, tensor in small.state_dict().items():
         assert found.state_dict()[name].dtype == tensor.dtype
         assert torch.equal(found.state_dict()[name], tensor)

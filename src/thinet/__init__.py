@@ -20,6 +20,7 @@ from thinet.checkpoint import save as save
 from thinet.compare import compare as compare
 from thinet.count import count as count
 from thinet.cut import cut as cut
+from thinet.cut import plan_cut as plan_cut
 from thinet.errors import BudgetError as BudgetError
 from thinet.errors import CalibrationError as CalibrationError
 from thinet.errors import CheckpointError as CheckpointError

@@ -96,15 +96,34 @@ def cut(
             f"{empty[0]} has no data (it is on the meta device), so the cut cannot be verified; "
             "load the weights, or cut the shapes alone with verify=False"
         )
-    checked = check_keep(analysis.groups, keep)
-    check_left(analysis, checked)
-    plan = make_plan(analysis, model, checked)
+    plan = plan_cut(model, example_inputs, keep, analysis=analysis)
     small = apply_to_copy(model, plan)
     if verify:
-        verify_cut(model, small, example_inputs, analysis, checked)
+        verify_cut(model, small, example_inputs, analysis, plan.keep)
     if optimizer is None:
         return small
     return small, cut_optimizer(optimizer, model, small, plan)
+
+
+def plan_cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    normalised: bool = False,
+    choices: Mapping[str, str] | None = None,
+    analysis: Analysis | None = None,
+) -> Plan:
+    """What `cut` carries out, as frozen data: `save` writes it beside the cut model's weights, so
+    that `load` makes the same cut of the dense model.
+
+    Args and errors as those of `cut`; nothing is cut, run or verified.
+    """
+    if analysis is None:
+        analysis = analyse(model, example_inputs, normalised=normalised, choices=choices)
+    checked = check_keep(analysis.groups, keep)
+    check_left(analysis, checked)
+    return make_plan(analysis, model, checked)
 
 
 def apply_to_copy(model: nn.Module, plan: Plan) -> nn.Module:

@@ -39,7 +39,7 @@ def thin(model: nn.Module, *, only: str | Sequence[str] | None = None) -> ThinRe
     `GroupSparsity` leaves them. The new model computes the same but for the order of the sums. Cut
     the input channels of which no tap is left first, by `thinet.cut` with `read_channels`: that is
     free, while gathering taps costs time (see docs/method.md). `thinet.save` and `load` take the
-    model with the plan; for a model that was cut before, with `plan_of_the_cut.then(result.plan)`.
+    model with the plan; for a model that was cut before, with `plan_cut(...).then(result.plan)`.
 
     Args:
         only: glob patterns on module paths; None takes every convolution that has zero taps.
