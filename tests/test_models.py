@@ -63,9 +63,13 @@ def test_a_timm_name() -> None:
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
-def test_a_function_of_a_file_with_and_without_classes(source: Path) -> None:
+def test_a_function_of_a_file_with_and_without_classes(
+    source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert resolve(f"{source}:fixed").in_features == 7
+    assert not caplog.messages
     assert resolve(f"{source}:fixed", num_classes=9).out_features == 2
+    assert caplog.messages == [f"{source}:fixed has no num_classes; 9 is not used"]
     assert resolve(f"{source}:sized").out_features == 5
     assert resolve(f"{source}:sized", num_classes=9).out_features == 9
 

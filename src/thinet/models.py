@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 import warnings
@@ -20,6 +21,8 @@ from torch import nn
 from thinet.errors import MissingExtraError, ModelError, OptionError
 from thinet.vision import torchvision
 from thinet.weights import load_weights
+
+log = logging.getLogger("thinet")
 
 FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:FUNCTION"
 
@@ -106,8 +109,11 @@ def _of_file(path: Path, name: str, num_classes: int | None) -> nn.Module:
         own = [k for k, v in vars(module).items() if callable(v) and k[0] != "_"]
         raise _unknown(str(path), name, own, what="function")
     options: dict[str, Any] = {}
-    if num_classes is not None and "num_classes" in inspect.signature(function).parameters:
-        options["num_classes"] = num_classes
+    if num_classes is not None:
+        if "num_classes" in inspect.signature(function).parameters:
+            options["num_classes"] = num_classes
+        else:
+            log.warning("%s:%s has no num_classes; %d is not used", path, name, num_classes)
     model = _build(f"{path}:{name}", function, options)
     if not isinstance(model, nn.Module):
         raise ModelError(
