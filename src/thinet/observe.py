@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from thinet.errors import ThinetError
 from thinet.paths import named_modules
 
 
@@ -38,6 +39,17 @@ def preserved_rng() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+@contextmanager
+def running(kind: type[ThinetError], what: str) -> Iterator[None]:
+    """A model's own errors become one of this kind that begins with `what` did not run."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ThinetError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise kind(f"{what}: {error}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thinet.errors import ModelError, OptionError
-from thinet.observe import evaluating
+from thinet.observe import evaluating, running
 from thinet.trace.record import check_model, describe
 from thinet.types import ExampleInputs, call
 
@@ -74,15 +74,9 @@ def latencies(
 
 
 def _tried(name: str, model: nn.Module, inputs: ExampleInputs) -> None:
-    try:
+    what = f"{type(model).__name__} does not run on the inputs ({describe(inputs)})"
+    with running(ModelError, f"{name}: {what}"):
         _timed(model, inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"{name}: {type(model).__name__} does not run on the inputs ({describe(inputs)}): "
-            f"{error}"
-        ) from error
 
 
 def _timed(model: nn.Module, inputs: ExampleInputs) -> float:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from thinet.calibrate.batches import calibration_inputs
 from thinet.errors import CalibrationError
-from thinet.observe import evaluating, preserved_rng
+from thinet.observe import evaluating, preserved_rng, running
 from thinet.surgery.apply import named_tensors
 from thinet.trace.record import check_model, describe
 from thinet.trace.replica import copied
@@ -75,15 +75,9 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
 
 
 def _run(model: nn.Module, batch: ExampleInputs) -> None:
-    try:
+    what = f"{type(model).__name__} does not run on a calibration batch ({describe(batch)})"
+    with running(CalibrationError, f"{what} with BatchNorm in training mode"):
         call(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise CalibrationError(
-            f"{type(model).__name__} does not run on a calibration batch ({describe(batch)}) with "
-            f"BatchNorm in training mode: {error}"
-        ) from error
 
 
 def _install(norm: _BatchNorm, name: str, first: Tensor, second: Tensor, count: int) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinet.errors import DataError, ModelError, ThinetError
+from thinet.errors import DataError, ModelError
+from thinet.observe import running
 
 
 def output_of(model: nn.Module, images: torch.Tensor, where: str) -> Any:
@@ -17,15 +18,11 @@ def output_of(model: nn.Module, images: torch.Tensor, where: str) -> Any:
     Raises:
         ModelError: it does not run on these images.
     """
-    try:
+    shape = tuple(images.shape)
+    with running(
+        ModelError, f"{where}: {type(model).__name__} does not run on images of shape {shape}"
+    ):
         return model(images)
-    except (torch.OutOfMemoryError, ThinetError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"{where}: {type(model).__name__} does not run on images of shape "
-            f"{tuple(images.shape)}: {error}"
-        ) from error
 
 
 def logits_of(output: Any) -> torch.Tensor:
