@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from thinet import checkpoint
 from thinet.checkpoint import KEY, load, load_plan, save
 from thinet.cut import apply_to_copy
 from thinet.errors import CheckpointError, UnknownGroupError
-from thinet.plan import Plan
+from thinet.plan import AttributeChange, Plan
 from thinet.trace.analyse import analyse
 from thinet.trace.planning import make_plan
 
@@ -311,3 +312,17 @@ def test_wrong_names_are_listed(written: Path) -> None:
         "does not fit this BatchNormVGG: it lacks classifier.5.weight and has head.weight too many",
     )
     assert load_plan(written) == plan
+
+
+@pytest.mark.parametrize("attribute", ["forward", "__class__", "train"])
+def test_a_plan_that_sets_what_no_plan_does_is_refused(attribute: str, written: Path) -> None:
+    plan = load_plan(written)
+    path = next(s.parameter for s in plan.kept).rpartition(".")[0]
+    changes = (*plan.attributes, AttributeChange(path, attribute, 3))
+    with safe_open(written, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = dict(file.metadata())
+    facts[KEY] = json.dumps(replace(plan, attributes=changes).to_json())
+    save_file(tensors, written, metadata=facts)
+    with pytest.raises(CheckpointError, match=f"the plan sets {attribute} of .*do not use"):
+        load(written, BatchNormVGG())

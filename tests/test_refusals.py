@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +154,25 @@ def test_bags_of_entries_are_cut(mode: str) -> None:
         ("table", 6, True), ("fc", 3, False),
     ]  # fmt: skip
     check(model, x, groups, {"table": [0, 3]}, thinet.cut)
+
+
+def test_a_compiled_model_is_given_without_its_wrapper() -> None:
+    compiled = torch.compile(net(), backend="eager")
+    for run in (
+        lambda: thinet.find_groups(compiled, X),
+        lambda: thinet.cut(compiled, X, {"0": [0]}),
+    ):
+        with pytest.raises(OptionError, match="give model._orig_mod"):
+            run()
+
+
+def test_a_model_of_several_processes_is_given_without_its_wrapper(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net())
+        with pytest.raises(OptionError, match="give model.module"):
+            thinet.find_groups(wrapped, X)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -46,15 +46,16 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 "that the plan was made for, uncut"
             )
     for change in plan.attributes:
-        if change.attribute.startswith("__"):
-            raise CheckpointError(
-                f"the plan sets {change.attribute} of {change.module or 'the model'}, which no "
-                "plan of thinet does; do not use this file"
-            )
         if not _has_module(model, change.module):
             raise CheckpointError(
                 f"the plan sets {change.attribute} of {change.module}, a module that this "
                 f"{type(model).__name__} does not have"
+            )
+        kind = type(model.get_submodule(change.module))
+        if change.attribute.startswith("__") or callable(getattr(kind, change.attribute, None)):
+            raise CheckpointError(
+                f"the plan sets {change.attribute} of {change.module or 'the model'}, which no "
+                "plan of thinet does; do not use this file"
             )
     replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
     for module in named_modules(model).values():

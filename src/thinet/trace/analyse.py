@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from thinet.errors import TraceError
+from thinet.errors import OptionError, TraceError
 from thinet.observe import only_new_garbage, preserved_rng
 from thinet.trace.choices import OTHER, check_choices
 from thinet.trace.groups import Analysis, build
@@ -61,6 +61,7 @@ def analyse(
 ) -> Analysis:
     """`find_groups` with everything that the library itself needs beside the groups."""
     check_model(model)
+    _check_bare(model)
     trainable = frozenset(name for name, _ in model.named_parameters())
     with only_new_garbage(), preserved_rng():
         program = record(model, inputs)
@@ -79,6 +80,14 @@ def analyse(
     training = best.analysis.training
     check_choices(given, {**best.made, **(training.made if training else {})})
     return best.analysis
+
+
+def _check_bare(model: nn.Module) -> None:
+    """See that nothing is wrapped around the model that hides its operations or copies."""
+    if hasattr(model, "_orig_mod"):
+        raise OptionError("the model is compiled; give model._orig_mod and compile the result")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise OptionError("the model is wrapped for training on processes; give model.module")
 
 
 @dataclass(frozen=True, eq=False)
