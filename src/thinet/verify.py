@@ -18,7 +18,7 @@ from thinet.trace.groups import Analysis
 from thinet.trace.planning import removed_classes
 from thinet.trace.program import plain, values_of
 from thinet.trace.replica import copied
-from thinet.types import ExampleInputs, as_call
+from thinet.types import ExampleInputs, as_call, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference in float32, relative to the largest output."""
@@ -122,7 +122,7 @@ def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, 
 
 def _tells(outputs: Any) -> bool:
     """Whether there is a number in them to compare; what is not floating point always is one."""
-    tensors = [x for x in _tensors(outputs) if x.numel()]
+    tensors = [x for x in tensors_in(plain(outputs)) if x.numel()]
     return not tensors or any(bool(x.isfinite().any()) for x in tensors)
 
 
@@ -136,7 +136,7 @@ def _gap(expected: Any, small: nn.Module, inputs: ExampleInputs) -> float:
             "Please report the model"
         ) from error
     worst = 0.0
-    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+    for a, b in zip(tensors_in(plain(expected)), tensors_in(plain(found)), strict=True):
         if a.shape != b.shape:
             return float("inf")
         if a.numel() and a.is_floating_point():
@@ -155,12 +155,6 @@ def _largest(values: torch.Tensor) -> float:
     return finite.max().item() if finite.numel() else 1.0
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    tree_map(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, plain(tree))
-    return found
-
-
 def _first_different(
     silent: nn.Module,
     small: nn.Module,
@@ -174,7 +168,9 @@ def _first_different(
     _, theirs = _run(small, inputs)
     traced = analysis.program.called
     for (path, values), (_, a), (_, b) in zip(traced, ours, theirs, strict=False):
-        for value, left, right in zip(values_of(values), _tensors(a), _tensors(b), strict=False):
+        for value, left, right in zip(
+            values_of(values), tensors_in(plain(a)), tensors_in(plain(b)), strict=False
+        ):
             for dim, axis in enumerate(labeller.of(value)):
                 if isinstance(axis, np.ndarray):
                     stays = np.flatnonzero(~gone[labeller.classes.find(axis)])

@@ -94,7 +94,7 @@ class Comparison:
     ) -> None:
         self.original = original
         self.cut = cut
-        self.there = left
+        self.left = left
         self.until = until
         self.classes = _Known(original.classes)
         self.ours = original.program.ops
@@ -103,15 +103,15 @@ class Comparison:
         self.within: Loop | None = None  # whose one step is running
         self.broken: Exception | None = None
         self.mismatch: Mismatch | None = None
-        self.left: dict[int, tuple[Vector, Vector]] = {}
+        self.remaining: dict[int, tuple[Vector, Vector]] = {}
 
     def stays(self, axis: Vector) -> Vector:
         """The labels of an axis of the original that are not gone; the same array each time."""
-        known = self.left.get(id(axis))
+        known = self.remaining.get(id(axis))
         if known is None:
-            there = self.there[axis]
-            known = axis, axis if there.all() else axis[there]
-            self.left[id(axis)] = known  # with the axis itself, so that its id stays its own
+            left = self.left[axis]
+            known = axis, axis if left.all() else axis[left]
+            self.remaining[id(axis)] = known  # with the axis itself, so that its id stays its own
         return known[1]
 
     def _left(self, axis: Axis) -> Axis:
