@@ -286,6 +286,28 @@ def test_explicit_windows_compute_the_same(kind: str, shift: int, size: tuple[in
     torch.testing.assert_close(explicit(x), plain(x))
 
 
+def volumes(shift: tuple[int, int, int]) -> nn.Module:
+    from torchvision.models.video import swin_transformer
+
+    torch.manual_seed(0)
+    kind = swin_transformer.ShiftedWindowAttention3d
+    return randomise(kind(24, [2, 3, 4], list(shift), 3)).double().eval()
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 2), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("size", [(4, 6, 8), (3, 7, 9), (1, 3, 9), (2, 3, 4), (5, 2, 3)], ids=str)
+def test_explicit_volumes_compute_the_same(
+    shift: tuple[int, int, int], size: tuple[int, int, int]
+) -> None:
+    torchvision()
+    plain = volumes(shift)
+    explicit = copy.deepcopy(plain)
+    all_explicit(explicit)
+    assert type(explicit) is explicit_class(plain)
+    x = torch.randn(2, *size, 24).double()
+    torch.testing.assert_close(explicit(x), plain(x))
+
+
 class Windowed(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -301,6 +323,17 @@ def test_heads_of_windows_go_with_their_tables(kind: str) -> None:
     torchvision()
     model = Windowed(windows(kind, 2)).double().eval()
     x = torch.randn(1, 9, 11, 24).double()
+    groups = thinet.find_groups(model, x)
+    (heads,) = (g for g in groups if "attention.qkv" in g.producers and g.locked is None)
+    assert heads.channels == 3
+    check(model, x, groups, {heads.name: [1]}, thinet.cut)
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 2)], ids=str)
+def test_heads_of_volumes_go_with_their_tables(shift: tuple[int, int, int]) -> None:
+    torchvision()
+    model = Windowed(volumes(shift)).double().eval()
+    x = torch.randn(1, 3, 7, 9, 24).double()
     groups = thinet.find_groups(model, x)
     (heads,) = (g for g in groups if "attention.qkv" in g.producers and g.locked is None)
     assert heads.channels == 3

@@ -150,6 +150,24 @@ def test_decisions_are_taken_again_where_they_fit() -> None:
     assert run(b) == ([0], 1, True)
 
 
+def test_where_decisions_are_known_convolutions_are_not_computed() -> None:
+    conv, x = nn.Conv2d(3, 4, 3, stride=2).double(), torch.randn(2, 3, 9, 9).double()
+    x = x.to(memory_format=torch.channels_last)
+    with Decisions() as first, torch.no_grad():
+        real = conv(x)
+        ints = torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2)
+    torch.testing.assert_close(real, conv(x))
+    before = torch.get_rng_state()
+    with Decisions(first.made), torch.no_grad():
+        other = conv(x)
+        again = torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2)
+    assert (other.shape, other.dtype, other.stride()) == (real.shape, real.dtype, real.stride())
+    assert bool((other != real).all())
+    assert other.unique().numel() == other.numel()
+    assert bool((torch.get_rng_state() == before).all())
+    assert again.tolist() == ints.tolist() == [[2, 3], [6, 11]]
+
+
 def test_a_program_without_data_has_no_decisions() -> None:
     model = nn.Linear(3, 2)
     assert record(model, torch.zeros(1, 3)).decisions == ()

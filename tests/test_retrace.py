@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import thinet
+from tests.oracle import check, randomise
 from thinet.paths import named_modules
 from thinet.trace import retrace
 from thinet.trace.probe import probe
@@ -78,6 +79,33 @@ def test_of_any_two_numbers_each_is_in_a_set_without_the_other(count: int) -> No
     if sets:
         fewer = len(sets) - 1
         assert count > len(list(combinations(range(fewer), fewer // 2)))
+
+
+class Branches(nn.Module):
+    """Pieces of equal sizes, which a list holds; each goes its own way."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.stem = nn.Conv2d(3, sum(sizes), 1)
+        self.ways = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1, groups=n) for n in sizes)
+        self.out = nn.Conv2d(sum(sizes), 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.stem(x).split(self.sizes, 1)
+        return self.out(torch.cat([way(part) for way, part in zip(self.ways, parts)], 1))
+
+
+@pytest.mark.parametrize("sizes", [[8, 4, 4, 4], [5, 5], [4, 6, 4, 6], [3, 3, 3]], ids=str)
+def test_equal_numbers_of_a_list_count_the_axes_in_their_order(sizes: list[int]) -> None:
+    model = randomise(Branches(sizes)).double().eval()
+    x = torch.randn(2, 3, 5, 5).double()
+    groups = thinet.find_groups(model, x)
+    pieces = [g for g in groups if g.name.startswith("stem")]
+    assert [(g.channels, g.locked) for g in pieces] == [(n, None) for n in sizes]
+    # Of no two pieces do equally many stay.
+    removed = {g.name: list(range(1 + n % (g.channels - 1))) for n, g in enumerate(pieces)}
+    check(model, x, groups, removed, thinet.cut)
 
 
 def test_modules_and_paths_are_those_of_torch() -> None:

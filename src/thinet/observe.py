@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,17 @@ from thinet.paths import named_modules
 def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Every module in evaluation (or training) mode; each one's own mode comes back after."""
     modes = [(module, module.training) for module in named_modules(model).values()]
+
+    def switch(wanted: Iterable[tuple[nn.Module, bool]]) -> None:
+        for module, mode in wanted:
+            if module.training != mode:  # to set an attribute of a module takes long
+                module.training = mode
+
     try:
-        for module, _ in modes:
-            module.training = training
+        switch((module, training) for module, _ in modes)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        switch(modes)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -45,20 +45,22 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 f"{piece.dim}, but it has only {tensor.shape[piece.dim]}; give the dense model "
                 "that the plan was made for, uncut"
             )
+    modules = named_modules(model)
     for change in plan.attributes:
-        if not _has_module(model, change.module):
+        module = _module(model, modules, change.module)
+        if module is None:
             raise CheckpointError(
                 f"the plan sets {change.attribute} of {change.module}, a module that this "
                 f"{type(model).__name__} does not have"
             )
-        kind = type(model.get_submodule(change.module))
+        kind = type(module)
         if change.attribute.startswith("__") or callable(getattr(kind, change.attribute, None)):
             raise CheckpointError(
                 f"the plan sets {change.attribute} of {change.module or 'the model'}, which no "
                 "plan of thinet does; do not use this file"
             )
     replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
-    for module in named_modules(model).values():
+    for module in modules.values():
         for store in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) in replaced:
@@ -83,28 +85,34 @@ def sliced(named: dict[str, torch.Tensor], kept: Iterable[Slice]) -> dict[str, t
     cuts: dict[str, list[Slice]] = {}
     for piece in kept:
         cuts.setdefault(piece.parameter, []).append(piece)
-    made: dict[str, torch.Tensor] = {}
-    for name, pieces in cuts.items():
-        old = named[name]
-        new = old.detach()
-        for piece in pieces:
-            index = _index(piece, old.device)
-            new = new.index_select(piece.dim, index)
-        new = new.contiguous(memory_format=_memory_format(old))
-        if isinstance(old, nn.Parameter):
-            made[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        else:
-            made[name] = new.requires_grad_(old.requires_grad)
-    return made
+    return {name: _sliced(named[name], pieces) for name, pieces in cuts.items()}
 
 
-def _index(piece: Slice, device: torch.device) -> torch.Tensor:
-    if device.type == "meta":
-        return torch.empty(len(piece.indices), dtype=torch.long, device=device)
-    return torch.tensor(piece.indices, dtype=torch.long, device=device)
+def _sliced(old: torch.Tensor, pieces: Iterable[Slice]) -> torch.Tensor:
+    if old.is_meta:
+        sizes = {piece.dim: len(piece.indices) for piece in pieces}
+        return resized(old, [sizes.get(dim, size) for dim, size in enumerate(old.shape)])
+    new = old.detach()
+    for piece in pieces:
+        index = torch.tensor(piece.indices, dtype=torch.long, device=old.device)
+        new = new.index_select(piece.dim, index)
+    return _like(old, new.contiguous(memory_format=memory_format(old)))
 
 
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+def resized(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor without data like another without data, of another shape."""
+    form = memory_format(old)
+    return _like(old, torch.empty(shape, dtype=old.dtype, device="meta", memory_format=form))
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new.requires_grad_(old.requires_grad)
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The order of a tensor's dimensions in memory, as `contiguous` takes it."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
@@ -115,8 +123,10 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def set_attributes(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
+    modules = named_modules(model)
     for change in changes:
-        module, value = model.get_submodule(change.module), change.value
+        module, value = _module(model, modules, change.module), change.value
+        assert module is not None, change
         old = getattr(module, change.attribute, None)
         if isinstance(old, list) and isinstance(value, tuple):
             setattr(module, change.attribute, list(value))
@@ -124,9 +134,11 @@ def set_attributes(model: nn.Module, changes: Iterable[AttributeChange]) -> None
             setattr(module, change.attribute, value)
 
 
-def _has_module(model: nn.Module, path: str) -> bool:
+def _module(model: nn.Module, named: Mapping[str, nn.Module], path: str) -> nn.Module | None:
+    """A module by any of its paths, of which `named` has the first."""
+    if path in named:
+        return named[path]
     try:
-        model.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError:
-        return False
-    return True
+        return None

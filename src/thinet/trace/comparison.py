@@ -64,11 +64,11 @@ class _Known(Classes):
     def unify(self, a: Vector, b: Vector) -> None:
         left, right = self.find(a), self.find(b)
         apart = left != right
-        if not apart.any():
+        if not np.count_nonzero(apart):
             return
         new = (left >= self.known) | (right >= self.known)
         clash = apart & ~new
-        if clash.any():
+        if np.count_nonzero(clash):
             self.clashes.append(np.concatenate([left[clash], right[clash]]))
         super().unify(a[new], b[new])
 
@@ -304,7 +304,7 @@ class Comparison:
         # Labels of tensors made on the way are new each time; those of parameters are not.
         stored = self.original.stored
         differ = found != stays
-        if not differ.any():
+        if not np.count_nonzero(differ):
             return stays
         wrong = differ & ((found < stored) | (stays < stored))
         if not wrong.any():

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from thinet.surgery.apply import memory_format
 from thinet.types import tensors_in
 
 RESULTS: Final = frozenset(
@@ -42,10 +43,19 @@ PARTS: Final = frozenset(
 )
 """Operations that hand whole numbers on."""
 
+HEAVY: Final = frozenset(
+    f"aten.{name}"
+    for name in "convolution addmm mm bmm baddbmm scaled_dot_product_attention".split()
+)
+"""Operations that take long; where decisions are known, any numbers will do for their results."""
+
+NUMBER: Final = "a number"
+"""A float taken out of a tensor: no decision, it is taken anew in later passes."""
+
 FRESH: Final = frozenset(("aten.lift_fresh", "aten.lift_fresh_copy"))
 
 Decision = tuple[str, tuple[torch.Size, ...], Any]
-"""Operation, shapes of the tensors that it was given, and what was decided."""
+"""Operation (or `NUMBER`), shapes of the tensors that it was given, and what was decided."""
 
 
 class Decisions(TorchDispatchMode):
@@ -55,6 +65,9 @@ class Decisions(TorchDispatchMode):
         super().__init__()
         self.made: list[Decision] = []
         self._known = known
+        # Without numbers that go on as they are, decisions are all that the data is for.
+        self._light = known is not None and NUMBER not in {name for name, _, _ in known}
+        self._numbers = torch.Generator().manual_seed(0)
         self._constant: dict[int, torch.Tensor] = {}  # made of no data; alive, so that ids hold
         self._whole: dict[int, torch.Tensor] = {}  # made by rounding data, alive as well
 
@@ -66,10 +79,16 @@ class Decisions(TorchDispatchMode):
         shapes = tuple(x.shape for x in given)
         if by_data and name in MASKED:
             args = tree_map(lambda x: self._mask(name, x), args)
-        result = func(*args, **kwargs)
+        if self._light and name in HEAVY and given[0].is_floating_point():
+            result = self._any_numbers(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         whole = bool(given) and id(given[0]) in self._whole
-        if by_data and name in RESULTS and (whole or not isinstance(result, float)):
-            result = self._decide(name, shapes, result)
+        if by_data and name in RESULTS:
+            if whole or not isinstance(result, float):
+                result = self._decide(name, shapes, result)
+            else:
+                self.made.append((NUMBER, shapes, result))
         made = {id(x): x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)}
         if not by_data:
             self._constant.update(made)
@@ -85,6 +104,22 @@ class Decisions(TorchDispatchMode):
                 if x.untyped_storage()._cdata not in written
             }
         return result
+
+    def _any_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Results of the operation's shapes and types, of numbers that nothing else has."""
+
+        def on_meta(x: Any) -> Any:
+            return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+        def drawn(x: torch.Tensor) -> torch.Tensor:
+            forms = [memory_format(y) for y in given if y.ndim == x.ndim]
+            plain = torch.contiguous_format
+            form = next((form for form in forms if form is not plain), plain)
+            numbers = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=form)
+            return numbers.uniform_(-1, 1, generator=self._numbers).to(given[0].device)
+
+        given = tensors_in((args, kwargs))
+        return tree_map(drawn, func(*tree_map(on_meta, args), **tree_map(on_meta, kwargs)))
 
     def _mask(self, name: str, value: Any) -> Any:
         mask = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)

@@ -128,6 +128,7 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, tuple[int, Vector]]:
         if group.locked is None:
             free[analysis.roots[group.name]] = True
     found: dict[Where, tuple[int, Vector]] = {}
+    seen: dict[int, bool] = {}  # the same axis is met many times
     for walk in (labeller, analysis.training):
         if walk is None:
             continue
@@ -139,7 +140,9 @@ def _axes(analysis: Analysis, module: str) -> dict[Where, tuple[int, Vector]]:
                 for dim, axis in enumerate(walk.of(value)):
                     if not isinstance(axis, np.ndarray) or len(axis) < 2:
                         continue
-                    if free[labeller.classes.find(axis)].any():
+                    if id(axis) not in seen:
+                        seen[id(axis)] = bool(free[labeller.classes.find(axis)].any())
+                    if seen[id(axis)]:
                         where = op.name, times[op.name], number, dim
                         found.setdefault(where, (first + op.index, axis))
     analysis.axes[module] = found

@@ -83,7 +83,7 @@ class Classes:
         moved = False
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if not np.count_nonzero(above != roots):
                 break
             roots, moved = above, True
         if moved:
@@ -95,7 +95,7 @@ class Classes:
         while True:
             left, right = self.find(a), self.find(b)
             apart = left != right
-            if not apart.any():
+            if not np.count_nonzero(apart):
                 return
             low = np.minimum(left[apart], right[apart])
             high = np.maximum(left[apart], right[apart])

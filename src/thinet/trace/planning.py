@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from thinet.errors import NothingLeftError
 from thinet.paths import named_modules
@@ -15,7 +15,7 @@ from thinet.surgery.apply import named_tensors
 from thinet.surgery.attributes import attribute_changes
 from thinet.surgery.explicit import explicit_class
 from thinet.surgery.replace import EXPLICIT
-from thinet.trace.groups import Analysis
+from thinet.trace.groups import Analysis, Slot
 from thinet.trace.labels import Mask
 from thinet.types import Slice
 
@@ -34,35 +34,63 @@ def removed_classes(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> Ma
 def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Plan:
     """The plan that keeps these units (sorted indices) and removes the rest of each named group."""
     gone = removed_classes(analysis, keep)
-    classes = analysis.labeller.classes
-    tensors = dict(named_tensors(model))
+    shapes = shapes_left(analysis, dict(named_tensors(model)), gone)
+    attributes = attributes_left(analysis, model, shapes, gone)
+    return Plan(
+        keep={name: tuple(int(u) for u in units) for name, units in keep.items()},
+        kept=kept_slices(analysis, gone),
+        attributes=attributes,
+        replaced=explicit_modules(model, [*shapes, *(f"{c.module}." for c in attributes)]),
+    )
+
+
+def kept_slices(analysis: Analysis, gone: Mask) -> tuple[Slice, ...]:
+    """The indices that stay of every dimension of a parameter or buffer that loses some."""
+    going, lost = _losing(analysis, gone)
+    return tuple(
+        Slice(
+            slot.parameter,
+            slot.dim,
+            tuple(np.flatnonzero(~going[slot.start : slot.start + slot.size]).tolist()),
+        )
+        for slot, _ in lost
+    )
+
+
+def shapes_left(
+    analysis: Analysis, tensors: Mapping[str, Tensor], gone: Mask
+) -> dict[str, tuple[int, ...]]:
+    """The new shape of every parameter and buffer that loses some."""
     shapes: dict[str, list[int]] = {}
-    kept: list[Slice] = []
-    going = gone[classes.find(np.arange(analysis.labeller.stored, dtype=np.int64))]
-    before = np.concatenate([[0], np.cumsum(going)])
-    for slot in analysis.slots:
-        end = slot.start + slot.size
-        if before[end] > before[slot.start]:
-            indices = tuple(np.flatnonzero(~going[slot.start : end]).tolist())
-            kept.append(Slice(slot.parameter, slot.dim, indices))
-            shape = shapes.setdefault(slot.parameter, list(tensors[slot.parameter].shape))
-            shape[slot.dim] = len(indices)
+    for slot, left in _losing(analysis, gone)[1]:
+        shapes.setdefault(slot.parameter, list(tensors[slot.parameter].shape))[slot.dim] = left
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _losing(analysis: Analysis, gone: Mask) -> tuple[Mask, list[tuple[Slot, int]]]:
+    """Which stored labels go, and the slots that lose some, with how many stay."""
+    stored = np.arange(analysis.labeller.stored, dtype=np.int64)
+    going = gone[analysis.labeller.classes.find(stored)]
+    before = np.concatenate([[0], np.cumsum(going)]).tolist()
+    counted = (
+        (slot, before[slot.start + slot.size] - before[slot.start]) for slot in analysis.slots
+    )
+    return going, [(slot, slot.size - count) for slot, count in counted if count]
+
+
+def attributes_left(
+    analysis: Analysis, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], gone: Mask
+) -> tuple[AttributeChange, ...]:
+    """The attributes that the new shapes tell, then those that were seen to count channels."""
     whole = frozenset(
         key.rpartition(":")[0]
         for key, choice in analysis.labeller.made.items()
         if choice == "whole" and key.endswith(":groups")
     )
-    new_shapes = {name: tuple(shape) for name, shape in shapes.items()}
-    table = attribute_changes(model, new_shapes, whole)
+    table = attribute_changes(model, shapes, whole)
     known = {(change.module, change.attribute) for change in table}
     changes = [c for c in followed_changes(analysis, model, gone) if c[:2] not in known]
-    attributes = (*table, *(AttributeChange(*change) for change in changes))
-    return Plan(
-        keep={name: tuple(int(u) for u in units) for name, units in keep.items()},
-        kept=tuple(kept),
-        attributes=attributes,
-        replaced=explicit_modules(model, [*shapes, *(f"{c.module}." for c in attributes)]),
-    )
+    return (*table, *(AttributeChange(*change) for change in changes))
 
 
 def left_empty(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> list[Emptied]:

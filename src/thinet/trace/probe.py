@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,48 +12,86 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from thinet.paths import named_modules
 from thinet.plan import AttributeChange
-from thinet.surgery.apply import apply_plan, set_attributes
+from thinet.surgery.apply import named_tensors, resized, set_attributes, sliced
 from thinet.trace.comparison import Comparison, Mismatch
 from thinet.trace.decisions import Decisions
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Mask
-from thinet.trace.planning import followed_changes, make_plan, removed_classes
+from thinet.trace.planning import (
+    attributes_left,
+    followed_changes,
+    kept_slices,
+    removed_classes,
+    shapes_left,
+)
 from thinet.trace.record import StoppedError, record_replica
 from thinet.trace.replica import Call, meta_twin
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A copy without data, cut to `keep`, to be traced: which labels are gone from it.
+    """A model to be cut to `keep` and traced: which labels are gone from it.
 
-    `gone` says it of classes, `left` of every label which are not gone. `told` are the attributes
-    that the new shapes tell; those that are only learned are still old. `cut` are the parameters
-    and buffers that lose something.
+    Attributes:
+        keep: for each group that loses some, the units that stay.
+        pristine: the uncut model, a copy.
+        tensors: the cut tensor for each place that holds one: (module, store of it, name).
+        told: attributes that the new shapes tell; those that are only learned are still old.
+        gone: for each class, whether it is gone.
+        left: for each label, whether it is not.
+        cut: names of the parameters and buffers that lose something.
     """
 
     keep: Mapping[str, Sequence[int]]
-    model: nn.Module
+    pristine: nn.Module
+    tensors: Mapping[tuple[str, str, str], torch.Tensor]
+    told: tuple[AttributeChange, ...]
     gone: Mask
     left: Mask
-    told: frozenset[tuple[str, str]]
     cut: frozenset[str]
 
 
 def trial(analysis: Analysis, pristine: nn.Module, keep: Mapping[str, Sequence[int]]) -> Trial:
-    """Cut a copy of the meta model to `keep`; attributes that the analysis has learned stay."""
-    plan = make_plan(replace(analysis, followed=()), pristine, keep)
-    model = meta_twin(pristine)
-    apply_plan(model, plan)
-    classes, gone = analysis.labeller.classes, removed_classes(analysis, keep)
+    """What cutting a copy of the model to `keep` puts into it, but for what is learned later."""
+    gone, classes = removed_classes(analysis, keep), analysis.labeller.classes
+    named = dict(named_tensors(pristine))
+    shapes = shapes_left(analysis, named, gone)
+    if analysis.program.on_meta:
+        small = {name: resized(named[name], shape) for name, shape in shapes.items()}
+    else:
+        small = sliced(named, kept_slices(analysis, gone))
+    new = {id(named[name]): tensor for name, tensor in small.items()}
     return Trial(
         keep=keep,
-        model=model,
+        pristine=pristine,
+        tensors={
+            (path, store, name): new[id(tensor)]
+            for path, module in named_modules(pristine).items()
+            for store in ("_parameters", "_buffers")
+            for name, tensor in getattr(module, store).items()
+            if id(tensor) in new
+        },
+        told=attributes_left(replace(analysis, followed=()), pristine, shapes, gone),
         gone=gone,
         left=~gone[classes.find(np.arange(classes.count, dtype=np.int64))],
-        told=frozenset((change.module, change.attribute) for change in plan.attributes),
-        cut=frozenset(piece.parameter for piece in plan.kept),
+        cut=frozenset(shapes),
     )
+
+
+def _cut_copy(analysis: Analysis, cut: Trial) -> nn.Module:
+    """A copy of the model that is cut as the trial says, with the attributes learned so far."""
+    model, memo = meta_twin(cut.pristine), {}
+    modules = named_modules(model)
+    for (path, store, name), tensor in cut.tensors.items():
+        new = tensor if tensor.is_meta else copy.deepcopy(tensor, memo)
+        getattr(modules[path], store)[name] = new
+    told = {(change.module, change.attribute) for change in cut.told}
+    learned = followed_changes(analysis, cut.pristine, cut.gone)
+    changes = [AttributeChange(*change) for change in learned if change[:2] not in told]
+    set_attributes(model, [*cut.told, *changes])
+    return model
 
 
 def probe(
@@ -62,17 +101,11 @@ def probe(
 
     The trace stops at the first operation that does not follow, or after number `until`.
     """
-    learned = [
-        AttributeChange(*change)
-        for change in followed_changes(analysis, cut.model, cut.gone)
-        if change[:2] not in cut.told
-    ]
     before = 0
     for walk in (analysis.labeller, analysis.training):
         if walk is None or (until is not None and until < before):
             continue
-        replica = meta_twin(cut.model)
-        set_attributes(replica, learned)
+        replica = _cut_copy(analysis, cut)
         args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
         comparison = Comparison(walk, cut.left, cut.cut, None if until is None else until - before)
         told = walk.program

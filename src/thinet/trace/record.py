@@ -121,6 +121,11 @@ class _Recorder(TorchDispatchMode):
         self.running = False
         self.silent = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be hidden from a compiler, which never sees it and costs each operation time."""
+        return False
+
     def value(self, tensor: torch.Tensor) -> Value:
         key = id(tensor)
         value = self.values.get(key)

@@ -8,6 +8,7 @@ is patched (`thinet.trace.follow`); else the group is locked with the operation 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -19,7 +20,7 @@ from torch import nn
 
 from thinet.paths import named_modules
 from thinet.trace.comparison import Mismatch
-from thinet.trace.follow import Guess, assume, bare_norms, guesses, integers
+from thinet.trace.follow import Guess, Where, assume, bare_norms, guesses, integers
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import BY_NUMBER, Labeller
 from thinet.trace.planning import left_empty
@@ -69,13 +70,15 @@ def check(
         del suspects[group.name]
     hopeless: set[tuple[type[nn.Module], str]] = set()
     for draw in (_one, _uneven, _random, *parted):
+        tried: Trial | None = None  # the same again after something was learned from it
         while suspects:
             if not worth({group.name for group, _ in refused}):
                 return None
-            keep = _with_some_left(analysis, draw(list(suspects.values()), rng))
-            if not keep:
-                break
-            tried = trial(analysis, pristine, keep)
+            if tried is None or left_empty(analysis, tried.keep):
+                keep = _with_some_left(analysis, draw(list(suspects.values()), rng))
+                if not keep:
+                    break
+                tried = trial(analysis, pristine, keep)
             mismatch = probe(analysis, tried, inputs)
             if mismatch is None:
                 break
@@ -86,6 +89,7 @@ def check(
                     analysis = learned
                     continue
                 hopeless.add(kind)
+            keep, tried = tried.keep, None
             for group, found in _culprits(analysis, pristine, inputs, keep, mismatch):
                 twins, alike = _twins(pristine, group, found.module, suspects)
                 others = [name for name in alike if name in keep]
@@ -118,14 +122,32 @@ def learn(
         if (better := progress([guess])) is not None:
             return better
     # Several attributes of one module may have to change together.
-    together = list({(g.kind, g.attribute, g.place): g for g in reversed(options)}.values())
-    if len(together) < 2 or progress(together) is None:
-        return None
-    for guess in list(together):
-        fewer = [g for g in together if g is not guess]
-        if progress(fewer) is not None:
-            together = fewer
-    return progress(together)
+    for together in _all_at_once(options):
+        if len(together) > 1 and progress(together) is not None:
+            for guess in list(together):
+                fewer = [g for g in together if g is not guess]
+                if progress(fewer) is not None:
+                    together = fewer
+            return progress(together)
+    return None
+
+
+def _all_at_once(options: Sequence[Guess]) -> list[list[Guess]]:
+    """A guess for each number, those for equal numbers of one list in the order of the axes.
+
+    `x.split([8, 8, 16], 1)` has an axis for each. Then the first guess for each number.
+    """
+    by_number: dict[tuple[type[nn.Module], str, int | None], list[Guess]] = {}
+    for guess in options:
+        by_number.setdefault((guess.kind, guess.attribute, guess.place), []).append(guess)
+    met: Counter[tuple[type[nn.Module], str, tuple[Where, ...]]] = Counter()
+    ordered: list[Guess] = []
+    for (kind, attribute, _), some in by_number.items():
+        key = kind, attribute, tuple(guess.where for guess in some)
+        ordered.append(some[min(met[key], len(some) - 1)])
+        met[key] += 1
+    first = [some[0] for some in by_number.values()]
+    return [ordered] if ordered == first else [ordered, first]
 
 
 # A name of numpy's in quotes: its random numbers are loaded at the first draw, not on import.

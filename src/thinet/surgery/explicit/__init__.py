@@ -20,6 +20,7 @@ EXPLICIT: Mapping[str, str] = {
     "torch.nn.modules.activation.MultiheadAttention": "multihead.MultiheadAttention",
     "torchvision.models.swin_transformer.ShiftedWindowAttention": "windows.ShiftedWindows",
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": "windows.ShiftedWindows",
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": "windows.ShiftedVolumes",
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": "windows.RelativeAttention",
     "timm.layers.attention_pool.AttentionPoolLatent": "tokens.LatentPool",
     "timm.layers.pos_embed_rel.RelPosBias": "positions.RelPosBias",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -98,6 +100,57 @@ class ExplicitShiftedWindows(nn.Module):
                 number += 1
         region = region.view(h // rows, rows, w // columns, columns)
         region = region.transpose(1, 2).flatten(2).flatten(0, 1)
+        apart = region[:, None] - region[:, :, None]
+        return apart.masked_fill(apart != 0, -100.0)
+
+
+class ExplicitShiftedVolumes(ExplicitShiftedWindows):
+    """Swin's attention over time too: (n, t, h, w, c) -> (n, t, h, w, c).
+
+    A window larger than the input becomes as large as the input, and is not shifted.
+    """
+
+    relative_position_bias_table: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x.shape[1:4]
+        fits = [size > window for size, window in zip(whole, self.window_size, strict=True)]
+        t, h, w = (min(pair) for pair in zip(whole, self.window_size, strict=True))
+        shift = [by if moves else 0 for by, moves in zip(self.shift_size, fits, strict=True)]
+        cells = t * h * w
+        index = self.relative_position_index[:cells, :cells].flatten()
+        bias = self.relative_position_bias_table[index].unflatten(0, (cells, cells))
+        bias = bias.permute(2, 0, 1).unsqueeze(0)
+        x = F.pad(x, (0, 0, 0, -whole[2] % w, 0, -whole[1] % h, 0, -whole[0] % t))
+        n, padded = x.shape[0], x.shape[1:4]
+        if any(shift):
+            x = x.roll([-by for by in shift], (1, 2, 3))
+        x = x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(0, 3)
+        mask = self._apart(x, padded, (t, h, w), shift) if any(shift) else None
+        x = self._attend(x, bias, mask)
+        x = F.dropout(F.linear(x, self.proj.weight, self.proj.bias), self.dropout, self.training)
+        x = x.unflatten(1, (t, h, w))
+        x = x.unflatten(0, (n, padded[0] // t, padded[1] // h, padded[2] // w))
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        if any(shift):
+            x = x.roll(shift, (1, 2, 3))
+        return x[:, : whole[0], : whole[1], : whole[2]].contiguous()
+
+    def _apart(
+        self, x: Tensor, whole: Sequence[int], window: Sequence[int], shift: Sequence[int]
+    ) -> Tensor:
+        """(windows of one input, cells, cells): -100 between what the shift brought together."""
+        region = x.new_zeros(whole)
+        parts = [
+            (slice(0, -size), slice(-size, -by), slice(-by, None))
+            for size, by in zip(window, shift, strict=True)
+        ]
+        for number, part in enumerate(product(*parts)):
+            region[part] = number
+        t, h, w = window
+        region = region.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
+        region = region.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(0, 2)
         apart = region[:, None] - region[:, :, None]
         return apart.masked_fill(apart != 0, -100.0)
 
