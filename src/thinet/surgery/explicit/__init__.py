@@ -37,6 +37,7 @@ EXPLICIT: Mapping[str, str] = {
     "timm.models.davit.ChannelAttentionV2": "between_channels.ScaledChannelAttention",
     "timm.models.davit.WindowAttention": "tokens.Attention",
     "timm.models.edgenext.CrossCovarianceAttn": "between_channels.CrossCovariance",
+    "timm.models.efficientvit_msra.CascadedGroupAttention": "cascaded.Cascade",
     "timm.models.eva.EvaAttention": "tokens.RotaryAttention",
     "timm.models.fastvit.Attention": "tokens.MapAttention",
     "timm.models.gcvit.WindowAttentionGlobal": "tokens.GlobalQueries",
