@@ -161,10 +161,12 @@ def test_where_decisions_are_known_convolutions_are_not_computed() -> None:
     with Decisions(first.made), torch.no_grad():
         other = conv(x)
         again = torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2)
+        constant = torch.ones(2, 3) @ torch.ones(3, 2)
     assert (other.shape, other.dtype, other.stride()) == (real.shape, real.dtype, real.stride())
     assert bool((other != real).all())
     assert other.unique().numel() == other.numel()
     assert bool((torch.get_rng_state() == before).all())
+    assert constant.tolist() == [[3.0, 3.0], [3.0, 3.0]]
     assert again.tolist() == ints.tolist() == [[2, 3], [6, 11]]
 
 

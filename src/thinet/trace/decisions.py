@@ -79,7 +79,7 @@ class Decisions(TorchDispatchMode):
         shapes = tuple(x.shape for x in given)
         if by_data and name in MASKED:
             args = tree_map(lambda x: self._mask(name, x), args)
-        if self._light and name in HEAVY and given[0].is_floating_point():
+        if by_data and self._light and name in HEAVY and given[0].is_floating_point():
             result = self._any_numbers(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
