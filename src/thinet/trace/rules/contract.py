@@ -192,7 +192,33 @@ def grouped_matmul(labels: Labeller, op: Op) -> None:
     )
 
 
+BILINEAR = [[1, 3], [0], [1, 2], [2, 3]]
+"""The axes by which `F.bilinear` lays its three operands beside each other and sums."""
+
+
+def bilinear(labels: Labeller, op: Op) -> None:
+    """(n, a), weight (m, a, b) and (n, b) to (n, m): all products of two inputs, weighed."""
+    first, weight, second = op.args[:3]
+    if list(op.args[3:7]) != BILINEAR:
+        labels.refuse(op, f"{op.where} is another product of three than that of nn.Bilinear")
+        return
+    made, *inner = labels.of(weight)
+    rows = labels.join(labels.of(first)[0], labels.of(second)[0], op.where)
+    (out,) = op.outputs()
+    labels.set(out, (rows, made))
+    given = labels.of(first)[1], labels.of(second)[1]
+    joined = [labels.join(a, b, op.where) for a, b in zip(given, inner, strict=True)]
+    factors, sizes = (made, *joined), weight.shape
+    fixed = prod(n for n, axis in zip(sizes, factors, strict=True) if not labelled(axis))
+    work = first.shape[0] * fixed, tuple(axis for axis in factors if labelled(axis))
+    for source, mixed in zip(given, inner, strict=True):
+        times, counted = work
+        labels.mixings.append(Mixing(op, source, mixed, made, counted, times))
+        work = 0, ()  # counted once
+
+
 RULES = {
+    "aten._trilinear": bilinear,
     "aten._grouped_mm": grouped_matmul,
     "aten.convolution": convolution,
     "aten._convolution": convolution,
