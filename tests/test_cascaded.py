@@ -74,3 +74,18 @@ def test_keys_values_and_what_the_heads_take_can_go(model: Any, x: Tensor) -> No
     assert small.attn.qkvs[0].conv.weight.shape[0] == 2 * 2 + 3  # two keys, two queries, values
     assert small.attn.dws[0].conv.groups == 2
     assert small.attn.qkvs[1].conv.weight.shape[1] == 3
+
+
+@pytest.mark.parametrize("case", ["normed", "first a norm", "identity"])
+def test_heads_that_begin_otherwise_have_no_such_form(model: Any, x: Tensor, case: str) -> None:
+    if case == "first a norm":
+        model.attn.qkvs[1] = nn.Sequential(nn.BatchNorm2d(VALUE).double(), model.attn.qkvs[1])
+    elif case == "identity":
+        model.attn.dws[0] = nn.Identity()
+    else:  # the weight is computed, and the form is there all the same
+        for qkv in model.attn.qkvs:
+            torch.nn.utils.parametrizations.weight_norm(qkv.conv)
+    model.eval()
+    assert (explicit_class(model.attn) is not None) == (case == "normed")
+    groups = thinet.find_groups(model, x)
+    assert any(g.name == "stem" or g.name.startswith("stem:") for g in groups)

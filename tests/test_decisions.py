@@ -132,6 +132,71 @@ def test_what_the_size_decides_is_not_taken_for_data(cls: Callable[[], Rows]) ->
     assert "aten." in str(reason)
 
 
+class ListNet(Rows):
+    """Indices read as a list, which no operation shows."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x[score.argsort()[:5].tolist()]
+
+
+class CountNet(Rows):
+    """Each place as often as its score says."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        return x.repeat_interleave(1 + (score > score.mean()).long(), 0)
+
+
+class PlaceNet(Rows):
+    """An average of places, looked up: any other numbers lie outside of the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 6)
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        place = score.softmax(0) @ torch.arange(12.0).to(score)
+        return x + self.table(place.long().clamp(max=11))
+
+
+class WrittenNet(Rows):
+    """A tensor made of no data, into which data is written before it decides."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        marks = torch.zeros(12, dtype=torch.bool)
+        marks[:] = score > score.mean()
+        return x[marks]
+
+
+@pytest.mark.parametrize("cls", [ListNet, CountNet, PlaceNet, WrittenNet], ids=lambda c: c.__name__)
+def test_what_any_numbers_lead_astray_is_traced_with_the_real_ones(cls: Callable[[], Rows]) -> None:
+    model = randomise(cls()).double().eval()
+    groups = thinet.find_groups(model, model.example())
+    free = {g.name for g in groups if g.locked is None and g.channels > 1}
+    assert "head" in free
+    check(model, model.example(), groups, {"head": [1, 3]}, thinet.cut)
+    if cls in (CountNet, WrittenNet):  # what decides is known to
+        assert "embed" in free
+        check(model, model.example(), groups, {"embed": [2]}, thinet.cut)
+
+
+class CopiedNet(Rows):
+    """A number out of a tensor made of no data, into which data was written."""
+
+    def chosen(self, x: Tensor, score: Tensor) -> Tensor:
+        largest = torch.zeros(())
+        largest.copy_(score.max())
+        return x + largest.item()
+
+
+def test_a_number_written_into_a_constant_is_of_the_data() -> None:
+    model = randomise(CopiedNet()).double().eval()
+    with Decisions() as seen, torch.no_grad():
+        model(model.example())
+    assert "a number" in [name for name, _, _ in seen.made]
+    groups = thinet.find_groups(model, model.example())
+    assert {g.name for g in groups if g.locked is None and g.channels > 1} == {"head"}
+
+
 def test_decisions_are_taken_again_where_they_fit() -> None:
     a, b = torch.tensor([0.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])
 
@@ -158,7 +223,7 @@ def test_where_decisions_are_known_convolutions_are_not_computed() -> None:
         ints = torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2)
     torch.testing.assert_close(real, conv(x))
     before = torch.get_rng_state()
-    with Decisions(first.made), torch.no_grad():
+    with Decisions(first.made, light=True), torch.no_grad():
         other = conv(x)
         again = torch.arange(4).view(2, 2) @ torch.arange(4).view(2, 2)
         constant = torch.ones(2, 3) @ torch.ones(3, 2)

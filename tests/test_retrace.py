@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, permutations
 
 import pytest
@@ -82,23 +83,33 @@ def test_of_any_two_numbers_each_is_in_a_set_without_the_other(count: int) -> No
 
 
 class Branches(nn.Module):
-    """Pieces of equal sizes, which a list holds; each goes its own way."""
+    """Pieces of equal sizes, which a list holds in some order; each goes its own way."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], order: Sequence[int]) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.sizes = [sizes[order.index(n)] for n in range(len(sizes))]
+        self.order = order
         self.stem = nn.Conv2d(3, sum(sizes), 1)
         self.ways = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1, groups=n) for n in sizes)
         self.out = nn.Conv2d(sum(sizes), 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.stem(x).split(self.sizes, 1)
+        parts = self.stem(x).split([self.sizes[n] for n in self.order], 1)
         return self.out(torch.cat([way(part) for way, part in zip(self.ways, parts)], 1))
 
 
-@pytest.mark.parametrize("sizes", [[8, 4, 4, 4], [5, 5], [4, 6, 4, 6], [3, 3, 3]], ids=str)
-def test_equal_numbers_of_a_list_count_the_axes_in_their_order(sizes: list[int]) -> None:
-    model = randomise(Branches(sizes)).double().eval()
+ORDERED = [([8, 4, 4, 4], range(4)), ([5, 5], range(2)), ([4, 6, 4, 6], range(4))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [*ORDERED, *(([4, 4, 4], order) for order in permutations(range(3)))],
+    ids=str,
+)
+def test_equal_numbers_of_a_list_count_the_axes_in_their_order(
+    sizes: list[int], order: Sequence[int]
+) -> None:
+    model = randomise(Branches(sizes, order)).double().eval()
     x = torch.randn(2, 3, 5, 5).double()
     groups = thinet.find_groups(model, x)
     pieces = [g for g in groups if g.name.startswith("stem")]
@@ -106,6 +117,37 @@ def test_equal_numbers_of_a_list_count_the_axes_in_their_order(sizes: list[int])
     # Of no two pieces do equally many stay.
     removed = {g.name: list(range(1 + n % (g.channels - 1))) for n, g in enumerate(pieces)}
     check(model, x, groups, removed, thinet.cut)
+
+
+def test_a_call_that_a_rule_does_not_know_is_refused_by_name() -> None:
+    class Out(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = x.new_empty(len(x), 2)
+            torch.mm(self.inner(x).relu(), self.out.weight.t(), out=made)
+            return made + self.out.bias
+
+    (inner,) = thinet.find_groups(Out().eval(), torch.randn(4, 3))
+    assert inner.locked == (
+        "aten.mm in the model itself was called in a way that its rule does not know"
+    )
+
+
+def test_a_copy_that_draws_random_numbers_leaves_those_to_come() -> None:
+    class Draws(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+            torch.rand(3)
+            new = nn.Linear(self.in_features, self.out_features)
+            new.load_state_dict(self.state_dict())
+            return new
+
+    model, x = nn.Sequential(Draws(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), torch.randn(2, 3)
+    before = torch.get_rng_state()
+    thinet.cut(model, x, {"0": [0, 1]})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_modules_and_paths_are_those_of_torch() -> None:

@@ -22,7 +22,7 @@ from thinet.types import tensors_in
 RESULTS: Final = frozenset(
     (
         *"aten.nonzero aten._unique2 aten.unique_dim aten.unique_consecutive aten.equal".split(),
-        *"aten.bincount aten._local_scalar_dense torchvision.nms".split(),
+        *"aten.bincount aten.repeat_interleave aten._local_scalar_dense torchvision.nms".split(),
     )
 )
 """Operations whose result is a decision."""
@@ -58,15 +58,23 @@ Decision = tuple[str, tuple[torch.Size, ...], Any]
 """Operation (or `NUMBER`), shapes of the tensors that it was given, and what was decided."""
 
 
-class Decisions(TorchDispatchMode):
-    """Remembers decisions, or where `known` ones are given and fit, takes these."""
+def only_decide(decisions: Sequence[Decision]) -> bool:
+    """Whether there are decisions and no numbers that go on as they are."""
+    names = {name for name, _, _ in decisions}
+    return bool(names) and NUMBER not in names
 
-    def __init__(self, known: Sequence[Decision] | None = None) -> None:
+
+class Decisions(TorchDispatchMode):
+    """Remembers decisions, or where `known` ones are given and fit, takes these.
+
+    With `light`, convolutions and products of data are not computed: any numbers stand for them.
+    """
+
+    def __init__(self, known: Sequence[Decision] | None = None, *, light: bool = False) -> None:
         super().__init__()
         self.made: list[Decision] = []
         self._known = known
-        # Without numbers that go on as they are, decisions are all that the data is for.
-        self._light = known is not None and NUMBER not in {name for name, _, _ in known}
+        self._light = light
         self._numbers = torch.Generator().manual_seed(0)
         self._constant: dict[int, torch.Tensor] = {}  # made of no data; alive, so that ids hold
         self._whole: dict[int, torch.Tensor] = {}  # made by rounding data, alive as well
@@ -92,17 +100,17 @@ class Decisions(TorchDispatchMode):
         made = {id(x): x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)}
         if not by_data:
             self._constant.update(made)
-        elif (name in ROUNDED and func._overloadname != "decimals") or (
+            return result
+        if func._schema.is_mutable:  # what was whole or constant before, as its views were
+            written = {x.untyped_storage()._cdata for x in made.values()}
+            self._whole, self._constant = (
+                {k: x for k, x in kept.items() if x.untyped_storage()._cdata not in written}
+                for kept in (self._whole, self._constant)
+            )
+        if (name in ROUNDED and func._overloadname != "decimals") or (
             whole and name in PARTS and len(given) == 1
         ):
             self._whole.update(made)
-        elif func._schema.is_mutable:  # it may have been whole before, and so may its views
-            written = {x.untyped_storage()._cdata for x in made.values()}
-            self._whole = {
-                key: x
-                for key, x in self._whole.items()
-                if x.untyped_storage()._cdata not in written
-            }
         return result
 
     def _any_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -33,7 +33,8 @@ class Guess:
     """An attribute of a class of modules and the axis that it may count.
 
     `inside` is the path, from the module that has the attribute, of the one whose operations have
-    the axis; `where` says at which operation, tensor and dimension.
+    the axis; `where` says at which operation, tensor and dimension. `taken` if it is what is taken
+    to be so already.
     """
 
     kind: type[nn.Module]
@@ -41,6 +42,7 @@ class Guess:
     place: int | None
     inside: str
     where: Where
+    taken: bool = False
 
 
 def guesses(analysis: Analysis, model: nn.Module, module: str, index: int) -> list[Guess]:
@@ -54,14 +56,15 @@ def guesses(analysis: Analysis, model: nn.Module, module: str, index: int) -> li
         for attribute, place, value in integers(holder):
             met: set[bytes] = set()
             for where, (number, labels) in axes.items():
-                if len(labels) != value or labels is taken.get((owner, attribute, place)):
+                if len(labels) != value:
                     continue
                 if not index <= number < index + NEAR:
                     continue
                 roots = analysis.labeller.classes.find(labels).tobytes()
                 if roots not in met:
                     met.add(roots)
-                    found.append(Guess(type(holder), attribute, place, inside, where))
+                    same = labels is taken.get((owner, attribute, place))
+                    found.append(Guess(type(holder), attribute, place, inside, where, same))
         if not owner:
             return found
         owner, _, last = owner.rpartition(".")

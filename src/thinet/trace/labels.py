@@ -205,10 +205,18 @@ class Labeller:
         if rule is None:
             self.refuse(op, f"there is no rule for {op.where} (see docs/adding-an-op.md)")
         else:
-            rule(self, op)
+            self._by_rule(rule, op)
         self.classes.muted = False
         if self.loose and op.func._schema.is_mutable and op.inputs():
             self._written(op.inputs()[0])
+
+    def _by_rule(self, rule: Callable[[Labeller, Op], None], op: Op) -> None:
+        try:
+            rule(self, op)
+        except (ValueError, AssertionError, IndexError, TypeError):
+            if self.original is not None:  # a cut model's shapes may no longer fit
+                raise
+            self.refuse(op, f"{op.where} was called in a way that its rule does not know")
 
     def _written(self, part: Value) -> None:
         """Entries of an `ANY` axis are no longer alike where a part of them is written."""

@@ -16,9 +16,9 @@ from thinet.paths import named_modules
 from thinet.plan import AttributeChange
 from thinet.surgery.apply import named_tensors, resized, set_attributes, sliced
 from thinet.trace.comparison import Comparison, Mismatch
-from thinet.trace.decisions import Decisions
+from thinet.trace.decisions import Decisions, only_decide
 from thinet.trace.groups import Analysis
-from thinet.trace.labels import Mask
+from thinet.trace.labels import Labeller, Mask
 from thinet.trace.planning import (
     attributes_left,
     followed_changes,
@@ -105,19 +105,30 @@ def probe(
     for walk in (analysis.labeller, analysis.training):
         if walk is None or (until is not None and until < before):
             continue
-        replica = _cut_copy(analysis, cut)
-        args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-        comparison = Comparison(walk, cut.left, cut.cut, None if until is None else until - before)
-        told = walk.program
-        try:
-            with nullcontext() if told.on_meta else Decisions(told.decisions):
-                record_replica(replica, args, training=walk is analysis.training, watch=comparison)
-            mismatch = comparison.finish(None)
-        except StoppedError as error:
-            mismatch = comparison.finish(error)
+        last = None if until is None else until - before
+        decisions = walk.program.decisions
+        mismatch = _mismatch(analysis, cut, inputs, walk, last, light=only_decide(decisions))
+        if mismatch is not None and only_decide(decisions):
+            # The data may also lead where no decision is seen, and any numbers astray.
+            mismatch = _mismatch(analysis, cut, inputs, walk, last, light=False)
         if mismatch is not None:
             index = before + mismatch.index
             # It may also stop on the way to the one after.
             return replace(mismatch, index=index) if until is None or index <= until else None
         before = len(analysis.program.ops)
     return None
+
+
+def _mismatch(
+    analysis: Analysis, cut: Trial, inputs: Call, walk: Labeller, until: int | None, light: bool
+) -> Mismatch | None:
+    """The first operation of the evaluation or the training forward that does not follow."""
+    replica, told = _cut_copy(analysis, cut), walk.program
+    args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    comparison = Comparison(walk, cut.left, cut.cut, until)
+    try:
+        with nullcontext() if told.on_meta else Decisions(told.decisions, light=light):
+            record_replica(replica, args, training=walk is analysis.training, watch=comparison)
+        return comparison.finish(None)
+    except StoppedError as error:
+        return comparison.finish(error)

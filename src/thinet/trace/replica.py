@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from thinet.errors import TraceError
+from thinet.observe import preserved_rng
 from thinet.paths import named_modules
 from thinet.surgery.explicit import all_explicit
 from thinet.types import ExampleInputs, as_call
@@ -47,7 +48,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
                 memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        new = copy.deepcopy(model, memo)
+        with preserved_rng():  # a module's own __deepcopy__ may draw
+            new = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}); thinet never changes the model it "

@@ -8,11 +8,10 @@ is patched (`thinet.trace.follow`); else the group is locked with the operation 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
-from math import comb
+from itertools import combinations, islice, permutations
+from math import comb, factorial
 from typing import TypeAlias
 
 import numpy as np
@@ -119,7 +118,7 @@ def learn(
 
     options = guesses(analysis, pristine, mismatch.module, mismatch.index)
     for guess in options:
-        if (better := progress([guess])) is not None:
+        if not guess.taken and (better := progress([guess])) is not None:
             return better
     # Several attributes of one module may have to change together.
     for together in _all_at_once(options):
@@ -133,21 +132,30 @@ def learn(
 
 
 def _all_at_once(options: Sequence[Guess]) -> list[list[Guess]]:
-    """A guess for each number, those for equal numbers of one list in the order of the axes.
+    """A guess for each number; what equal numbers of one list count is tried in several orders.
 
-    `x.split([8, 8, 16], 1)` has an axis for each. Then the first guess for each number.
+    `x.split([8, 8, 16], 1)` has an axis for each: most often, the numbers are in their order.
     """
     by_number: dict[tuple[type[nn.Module], str, int | None], list[Guess]] = {}
     for guess in options:
         by_number.setdefault((guess.kind, guess.attribute, guess.place), []).append(guess)
-    met: Counter[tuple[type[nn.Module], str, tuple[Where, ...]]] = Counter()
-    ordered: list[Guess] = []
+    equal: dict[tuple[type[nn.Module], str, tuple[Where, ...]], list[list[Guess]]] = {}
     for (kind, attribute, _), some in by_number.items():
-        key = kind, attribute, tuple(guess.where for guess in some)
-        ordered.append(some[min(met[key], len(some) - 1)])
-        met[key] += 1
+        axes = tuple(guess.where for guess in some)
+        equal.setdefault((kind, attribute, axes), []).append(some)
+    tries: list[list[Guess]] = []
+    for n in range(min(ORDERS, factorial(max(map(len, equal.values()), default=0)))):
+        chosen: list[Guess] = []
+        for lists in equal.values():
+            order = next(islice(permutations(range(len(lists))), n % factorial(len(lists)), None))
+            chosen += [some[min(k, len(some) - 1)] for k, some in zip(order, lists, strict=True)]
+        tries.append(chosen)
     first = [some[0] for some in by_number.values()]
-    return [ordered] if ordered == first else [ordered, first]
+    return [*tries, first]
+
+
+ORDERS = 6
+"""Orders of equal numbers that are tried, which are all of three."""
 
 
 # A name of numpy's in quotes: its random numbers are loaded at the first draw, not on import.

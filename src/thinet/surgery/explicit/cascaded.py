@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class ExplicitCascade(nn.Module):
     """EfficientViT's (MSRA): (n, c, h, w) -> (n, c, h, w).
 
-    Each head is as wide as its own layers are, where timm's divides the channels evenly.
+    Each head is as wide as its own convolutions are, where timm's divides the channels evenly.
     """
 
     qkvs: nn.ModuleList
@@ -23,15 +23,17 @@ class ExplicitCascade(nn.Module):
 
     @staticmethod
     def sizes(old: Any) -> dict[str, int | float | bool]:
+        for layer in (*old.qkvs, *old.dws):
+            _first(layer)  # of another kind, and there is no such form
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.split([_weight(qkv).shape[1] for qkv in self.qkvs], 1)
+        parts = x.split([_first(qkv).in_channels for qkv in self.qkvs], 1)
         biases = self.get_attention_biases(x.device)
         found: list[Tensor] = []
         for part, bias, qkv, mix in zip(parts, biases, self.qkvs, self.dws, strict=True):
             given = qkv(found[-1] + part if found else part)
-            keys = _weight(mix).shape[0]
+            keys = _first(mix).out_channels
             q, k, v = given.split([keys, keys, given.shape[1] - 2 * keys], 1)
             q, k, v = (y.flatten(2) for y in (mix(q), k, v))
             scores = (q * self.scale).transpose(-2, -1) @ k + bias
@@ -39,6 +41,9 @@ class ExplicitCascade(nn.Module):
         return self.proj(torch.cat(found, 1))
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """Of the convolution that a layer begins with."""
-    return next(layer.parameters())
+def _first(layer: nn.Module) -> nn.Conv2d:
+    """The convolution that a layer is or begins with."""
+    found = next(iter(layer.children()), layer) if isinstance(layer, nn.Sequential) else layer
+    if not isinstance(found, nn.Conv2d):
+        raise AttributeError(f"{type(layer).__name__} does not begin with a convolution")
+    return found
