@@ -35,7 +35,7 @@ def make_plan(analysis: Analysis, model: nn.Module, keep: Mapping[str, Sequence[
     """The plan that keeps these units (sorted indices) and removes the rest of each named group."""
     gone = removed_classes(analysis, keep)
     shapes = shapes_left(analysis, dict(named_tensors(model)), gone)
-    attributes = attributes_left(analysis, model, shapes, gone)
+    attributes = with_learned(told_attributes(analysis, model, shapes), analysis, model, gone)
     return Plan(
         keep={name: tuple(int(u) for u in units) for name, units in keep.items()},
         kept=kept_slices(analysis, gone),
@@ -78,19 +78,25 @@ def _losing(analysis: Analysis, gone: Mask) -> tuple[Mask, list[tuple[Slot, int]
     return going, [(slot, slot.size - count) for slot, count in counted if count]
 
 
-def attributes_left(
-    analysis: Analysis, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], gone: Mask
+def told_attributes(
+    analysis: Analysis, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[AttributeChange, ...]:
-    """The attributes that the new shapes tell, then those that were seen to count channels."""
+    """The attributes that the new shapes tell."""
     whole = frozenset(
         key.rpartition(":")[0]
         for key, choice in analysis.labeller.made.items()
         if choice == "whole" and key.endswith(":groups")
     )
-    table = attribute_changes(model, shapes, whole)
-    known = {(change.module, change.attribute) for change in table}
-    changes = [c for c in followed_changes(analysis, model, gone) if c[:2] not in known]
-    return (*table, *(AttributeChange(*change) for change in changes))
+    return attribute_changes(model, shapes, whole)
+
+
+def with_learned(
+    told: tuple[AttributeChange, ...], analysis: Analysis, model: nn.Module, gone: Mask
+) -> tuple[AttributeChange, ...]:
+    """The attributes that shapes tell, then the others that were seen to count channels."""
+    known = {(change.module, change.attribute) for change in told}
+    learned = followed_changes(analysis, model, gone)
+    return (*told, *(AttributeChange(*change) for change in learned if change[:2] not in known))
 
 
 def left_empty(analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> list[Emptied]:

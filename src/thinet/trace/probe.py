@@ -20,11 +20,11 @@ from thinet.trace.decisions import Decisions, only_decide
 from thinet.trace.groups import Analysis
 from thinet.trace.labels import Labeller, Mask
 from thinet.trace.planning import (
-    attributes_left,
-    followed_changes,
     kept_slices,
     removed_classes,
     shapes_left,
+    told_attributes,
+    with_learned,
 )
 from thinet.trace.record import StoppedError, record_replica
 from thinet.trace.replica import Call, meta_twin
@@ -73,7 +73,7 @@ def trial(analysis: Analysis, pristine: nn.Module, keep: Mapping[str, Sequence[i
             for name, tensor in getattr(module, store).items()
             if id(tensor) in new
         },
-        told=attributes_left(replace(analysis, followed=()), pristine, shapes, gone),
+        told=told_attributes(analysis, pristine, shapes),
         gone=gone,
         left=~gone[classes.find(np.arange(classes.count, dtype=np.int64))],
         cut=frozenset(shapes),
@@ -87,10 +87,7 @@ def _cut_copy(analysis: Analysis, cut: Trial) -> nn.Module:
     for (path, store, name), tensor in cut.tensors.items():
         new = tensor if tensor.is_meta else copy.deepcopy(tensor, memo)
         getattr(modules[path], store)[name] = new
-    told = {(change.module, change.attribute) for change in cut.told}
-    learned = followed_changes(analysis, cut.pristine, cut.gone)
-    changes = [AttributeChange(*change) for change in learned if change[:2] not in told]
-    set_attributes(model, [*cut.told, *changes])
+    set_attributes(model, with_learned(cut.told, analysis, cut.pristine, cut.gone))
     return model
 
 
@@ -106,9 +103,9 @@ def probe(
         if walk is None or (until is not None and until < before):
             continue
         last = None if until is None else until - before
-        decisions = walk.program.decisions
-        mismatch = _mismatch(analysis, cut, inputs, walk, last, light=only_decide(decisions))
-        if mismatch is not None and only_decide(decisions):
+        light = only_decide(walk.program.decisions)
+        mismatch = _mismatch(analysis, cut, inputs, walk, last, light)
+        if mismatch is not None and light:
             # The data may also lead where no decision is seen, and any numbers astray.
             mismatch = _mismatch(analysis, cut, inputs, walk, last, light=False)
         if mismatch is not None:

@@ -151,7 +151,7 @@ def _all_at_once(options: Sequence[Guess]) -> list[list[Guess]]:
             chosen += [some[min(k, len(some) - 1)] for k, some in zip(order, lists, strict=True)]
         tries.append(chosen)
     first = [some[0] for some in by_number.values()]
-    return [*tries, first]
+    return tries if first in tries else [*tries, first]
 
 
 ORDERS = 6

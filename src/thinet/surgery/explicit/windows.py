@@ -42,16 +42,17 @@ class ExplicitShiftedWindows(nn.Module):
         n, h, w, _ = x.shape
         down = 0 if rows >= h else self.shift_size[0]
         right = 0 if columns >= w else self.shift_size[1]
-        if down + right > 0:
+        moved = down + right > 0
+        if moved:
             x = x.roll((-down, -right), (1, 2))
         x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
         x = x.flatten(3, 4).flatten(0, 2)
-        mask = self._mask(x, h, w, down, right) if down + right > 0 else None
+        mask = self._apart(x, (h, w), (rows, columns), (down, right)) if moved else None
         x = self._attend(x, bias, mask)
         x = F.dropout(F.linear(x, self.proj.weight, self.proj.bias), self.dropout, self.training)
         x = x.unflatten(1, (rows, columns)).unflatten(0, (n, h // rows, w // columns))
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if down + right > 0:
+        if moved:
             x = x.roll((down, right), (1, 2))
         return x[:, :high, :wide].contiguous()
 
@@ -89,17 +90,25 @@ class ExplicitShiftedWindows(nn.Module):
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         return (weights @ v).transpose(1, 2).flatten(2)
 
-    def _mask(self, x: Tensor, h: int, w: int, down: int, right: int) -> Tensor:
-        """(windows of one image, cells, cells): -100 between what the shift brought together."""
-        rows, columns = self.window_size
-        region = x.new_zeros((h, w))
-        number = 0
-        for ours in ((0, -rows), (-rows, -down), (-down, None)):
-            for theirs in ((0, -columns), (-columns, -right), (-right, None)):
-                region[slice(*ours), slice(*theirs)] = number
-                number += 1
-        region = region.view(h // rows, rows, w // columns, columns)
-        region = region.transpose(1, 2).flatten(2).flatten(0, 1)
+    def _apart(
+        self, x: Tensor, whole: Sequence[int], window: Sequence[int], shift: Sequence[int]
+    ) -> Tensor:
+        """(windows of one input, cells, cells): -100 between what the shift brought together.
+
+        Sizes, windows and shifts are of any number of dimensions.
+        """
+        region = x.new_zeros(whole)
+        parts = [
+            (slice(0, -size), slice(-size, -by), slice(-by, None))
+            for size, by in zip(window, shift, strict=True)
+        ]
+        for number, part in enumerate(product(*parts)):
+            region[part] = number
+        for dim, size in reversed(list(enumerate(window))):
+            region = region.unflatten(dim, (-1, size))
+        places = range(region.ndim)
+        region = region.permute(*places[::2], *places[1::2])
+        region = region.flatten(len(window)).flatten(0, len(window) - 1)
         apart = region[:, None] - region[:, :, None]
         return apart.masked_fill(apart != 0, -100.0)
 
@@ -136,23 +145,6 @@ class ExplicitShiftedVolumes(ExplicitShiftedWindows):
         if any(shift):
             x = x.roll(shift, (1, 2, 3))
         return x[:, : whole[0], : whole[1], : whole[2]].contiguous()
-
-    def _apart(
-        self, x: Tensor, whole: Sequence[int], window: Sequence[int], shift: Sequence[int]
-    ) -> Tensor:
-        """(windows of one input, cells, cells): -100 between what the shift brought together."""
-        region = x.new_zeros(whole)
-        parts = [
-            (slice(0, -size), slice(-size, -by), slice(-by, None))
-            for size, by in zip(window, shift, strict=True)
-        ]
-        for number, part in enumerate(product(*parts)):
-            region[part] = number
-        t, h, w = window
-        region = region.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
-        region = region.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(0, 2)
-        apart = region[:, None] - region[:, :, None]
-        return apart.masked_fill(apart != 0, -100.0)
 
 
 class ExplicitRelativeAttention(nn.Module):

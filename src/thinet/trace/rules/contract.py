@@ -210,11 +210,10 @@ def bilinear(labels: Labeller, op: Op) -> None:
     joined = [labels.join(a, b, op.where) for a, b in zip(given, inner, strict=True)]
     factors, sizes = (made, *joined), weight.shape
     fixed = prod(n for n, axis in zip(sizes, factors, strict=True) if not labelled(axis))
-    work = first.shape[0] * fixed, tuple(axis for axis in factors if labelled(axis))
-    for source, mixed in zip(given, inner, strict=True):
-        times, counted = work
-        labels.mixings.append(Mixing(op, source, mixed, made, counted, times))
-        work = 0, ()  # counted once
+    moving = tuple(axis for axis in factors if labelled(axis))
+    work = (moving, first.shape[0] * fixed), ((), 0)  # counted once
+    for source, mixed, (axes, times) in zip(given, inner, work, strict=True):
+        labels.mixings.append(Mixing(op, source, mixed, made, axes, times))
 
 
 RULES = {
