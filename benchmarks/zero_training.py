@@ -1,16 +1,19 @@
-"""Accuracy of a CIFAR ResNet right after pruning, with no training step or after the same few.
+"""Accuracy right after pruning, with no training step or after the same few.
 
     python benchmarks/zero_training.py                       # ResNet-56, one calibration set
     python benchmarks/zero_training.py --network resnet20 --seeds 3
     python benchmarks/zero_training.py --torch-pruning       # beside Torch-Pruning 1.6.1
     python benchmarks/zero_training.py --torch-pruning --epochs 1 --lr 0.01 0.02 --distill
+    python benchmarks/zero_training.py --network torchvision:resnet50 --weights FILE \\
+        --data .data/imagenette --size 224 --classes 10 --groups 'layer*.conv[12]'
 
-Only the first convolution of each block is pruned, as in the paper, on 1,000 unlabelled training
-images; accuracy is top-1 on every second test image. `keep` rows take the same fraction of every
-block, `x` rows reach the same cost with widths from error curves. "Joint refit" refits producers
-and consumers together afterwards, below 0.4 of the costs in two rounds. "+ BN" re-estimates
-BatchNorm statistics on the same images. `--epochs` fine-tunes each result, one-cycle on all
-training images, with each peak rate in turn; the best is shown.
+Of the two CIFAR networks only the first convolution of each block is pruned, as in the paper; any
+other network is named as on the command line, with the `--groups` to prune. On 1,000 unlabelled
+training images; accuracy is top-1 on every second image of the test set. `keep` rows take the same
+fraction of every group, `x` rows reach the same cost with widths from error curves. "Joint refit"
+refits producers and consumers together afterwards, below 0.4 of the costs in two rounds. "+ BN"
+re-estimates BatchNorm statistics on the same images. `--epochs` fine-tunes each result, one-cycle
+on all training images, with each peak rate in turn; the best is shown.
 """
 
 from __future__ import annotations
@@ -31,33 +34,42 @@ from torch import Tensor, nn
 
 import thinet
 from thinet.data import calibration_batches, loader
-from thinet.models import resolve
+from thinet.models import FORMS, resolve
 from thinet.refine import ITERATIONS
 from thinet.repair import RepairSettings
+from thinet.selection import select_groups
 from thinet.train.config import FinetuneConfig
 from thinet.train.evaluate import evaluate
 
 HERE = Path(__file__).parent
 BATCH = 50  # small batches stay in memory that the allocator keeps, which is several times faster
-EXAMPLE = torch.zeros(1, 3, 32, 32)
-INNER = "layer*.conv1"
+CIFAR = ("resnet20", "resnet56")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The dense network, an example input, and patterns of the groups that are pruned."""
+
+    model: nn.Module
+    example: Tensor
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: a name and a function from (dense model, batches, speed-up) to a smaller model."""
+    """One row: a name and a function from (case, batches, speed-up) to a smaller model."""
 
     name: str
-    run: Callable[[nn.Module, list[Any], float], nn.Module]
+    run: Callable[[Case, list[Any], float], nn.Module]
 
 
 def ours(name: str, *, uniform: bool = True, refined: bool = False, **options: Any) -> Method:
     """`speed` is the kept fraction of channels for uniform rows, else a MAC speed-up."""
 
-    def run(model: nn.Module, batches: list[Any], speed: float) -> nn.Module:
+    def run(case: Case, batches: list[Any], speed: float) -> nn.Module:
         budget = thinet.Budget(keep=speed) if uniform else thinet.Budget(macs=1 / speed)
         return thinet.prune(
-            model, EXAMPLE, batches, budget=budget, only=INNER, divisor=1,
+            case.model, case.example, batches, budget=budget, only=case.groups, divisor=1,
             repair_settings=RepairSettings(refine=ITERATIONS if refined else 0), **options,
         ).model  # fmt: skip
 
@@ -95,11 +107,14 @@ BY_ERROR = (
 def torch_pruning(name: str, importance: str, *, everywhere: bool) -> Method:
     """A criterion of Torch-Pruning on the same layers, its ratio searched for the speed-up."""
 
-    def run(model: nn.Module, batches: list[Any], speed: float) -> nn.Module:
+    def run(case: Case, batches: list[Any], speed: float) -> nn.Module:
         import torch_pruning as tp
 
-        dense = thinet.count(model, EXAMPLE).macs
-        inner = {n for n, _ in model.named_modules() if n.endswith(".conv1") and "." in n}
+        model, example = case.model, case.example
+        dense = thinet.count(model, example).macs
+        groups = select_groups(thinet.find_groups(model, example), case.groups)
+        inner = {name for group in groups for name in group.producers}
+        gradients = of_loss(model, batches) if "Taylor" in importance else ()
 
         def at(ratio: float) -> nn.Module:
             small = copy.deepcopy(model)
@@ -108,25 +123,36 @@ def torch_pruning(name: str, importance: str, *, everywhere: bool) -> Method:
             mixing = {n: m for n, m in layers.items() if isinstance(m, (nn.Conv2d, nn.Linear))}
             ignored = [m for n, m in mixing.items() if n not in inner]
             pruner = tp.pruner.MetaPruner(
-                small, EXAMPLE, score, global_pruning=everywhere, pruning_ratio=ratio,
+                small, example, score, global_pruning=everywhere, pruning_ratio=ratio,
                 max_pruning_ratio=0.95, ignored_layers=ignored, round_to=1,
             )  # fmt: skip
             if "Taylor" in importance:
-                images, labels = batches[0]
-                nn.functional.cross_entropy(small(images), labels).backward()
+                for parameter, gradient in zip(small.parameters(), gradients, strict=True):
+                    parameter.grad = gradient.clone()
             pruner.step()
             return small.eval()
 
         low, high = 0.0, 0.95
         for _ in range(10):
             middle = (low + high) / 2
-            if dense / thinet.count(at(middle), EXAMPLE).macs < speed:
+            if dense / thinet.count(at(middle), example).macs < speed:
                 low = middle
             else:
                 high = middle
         return at(high)
 
     return Method(f"Torch-Pruning {name}, {'global' if everywhere else 'local'}", run)
+
+
+def of_loss(model: nn.Module, batches: list[Any]) -> tuple[Tensor, ...]:
+    """Gradients of the loss, summed over the labelled batches."""
+    parameters = tuple(model.parameters())
+    total = tuple(torch.zeros_like(p) for p in parameters)
+    for images, labels in batches:
+        loss = nn.functional.cross_entropy(model(images), labels)
+        for whole, part in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            whole += part
+    return total
 
 
 RIVALS = tuple(
@@ -143,10 +169,13 @@ RIVALS = tuple(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet56", choices=("resnet20", "resnet56"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--network", default="resnet56", help=f"{', '.join(CIFAR)}, or {FORMS}")
     parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
-    parser.add_argument("--weights", type=Path, help="default: in $DATA/weights")
+    parser.add_argument("--weights", type=Path, help="of the CIFAR networks: in $DATA/weights")
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--size", type=int, default=32, help="pixels")
+    parser.add_argument("--groups", nargs="+", default=("layer*.conv1",), help="patterns")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--mirror", action="store_true", help="every second image of them")
     parser.add_argument("--seeds", type=int, default=1, help="calibration sets")
@@ -161,16 +190,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="of fine-tuning")
     parser.add_argument("--json", type=Path, help="append each row to this file")
     given = parser.parse_args(argv)
-    folder = Path(os.environ.get("DATA", ".data"), "weights")
-    weights = given.weights or folder / f"cifar_{given.network}_jpeg.safetensors"
-    model = resolve(f"{HERE / 'cifar_resnet.py'}:{given.network}", weights=weights).eval()
-    test = loader(given.data / "test", size=32, batch_size=BATCH, every=2, preload=True)
-    dense = thinet.count(model, EXAMPLE).macs
+    spec, weights = given.network, given.weights
+    if spec in CIFAR:
+        folder = Path(os.environ.get("DATA", ".data"), "weights")
+        weights = weights or folder / f"cifar_{spec}_jpeg.safetensors"
+        spec = f"{HERE / 'cifar_resnet.py'}:{spec}"
+    model = resolve(spec, weights=weights, num_classes=given.classes)
+    case = Case(model, torch.zeros(1, 3, given.size, given.size), tuple(given.groups))
+    held_out = next(given.data / name for name in ("test", "val") if (given.data / name).is_dir())
+    test = loader(held_out, size=given.size, batch_size=BATCH, every=2, preload=True)
+    dense = thinet.count(model, case.example).macs
     print(f"dense: {evaluate(model, test).top1:.2%} of {test.images} test images")
     print(f"| method | MACs | top-1 | + BN | spread | seconds | {given.epochs} epochs (rate) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for method, speed in rows(given):
-        found = [_one(method, speed, model, test, given, seed) for seed in range(given.seeds)]
+        found = [_one(method, speed, case, test, given, seed) for seed in range(given.seeds)]
         raw, bn, seconds = ([f[key] for f in found] for key in ("top1", "top1_bn", "seconds"))
         again = f"{sum(bn) / len(bn):.2%}" if given.bn else ""
         print(
@@ -205,31 +239,25 @@ def rows(given: argparse.Namespace) -> Iterable[tuple[Method, float]]:
 
 
 def _one(
-    method: Method, speed: float, model: nn.Module, test: Any, given: argparse.Namespace, seed: int
+    method: Method, speed: float, case: Case, test: Any, given: argparse.Namespace, seed: int
 ) -> dict[str, Any]:
-    labelled = "Taylor" in method.name
     source = calibration_batches(
-        given.data / "train",
-        256 if labelled else given.images,
-        BATCH,
-        32,
-        seed=seed,
-        labels=labelled,
-        mirror=given.mirror,
-    )
-    batches: list[Tensor] = list(source)
+        given.data / "train", given.images, BATCH, given.size,
+        seed=seed, labels="Taylor" in method.name, mirror=given.mirror,
+    )  # fmt: skip
+    batches = list(source)
     start = time.perf_counter()
-    small = method.run(model, batches, speed)
+    small = method.run(case, batches, speed)
     seconds = time.perf_counter() - start
-    again = float("nan")
+    again, rates = float("nan"), given.lr if given.epochs else ()
     if given.bn:
         again = evaluate(thinet.recalibrate_bn(small, batches), test).top1
     return {
-        "macs": thinet.count(small, EXAMPLE).macs,
+        "macs": thinet.count(small, case.example).macs,
         "top1": evaluate(small, test).top1,
         "top1_bn": again,
         "seconds": seconds,
-        "tuned": {lr: _tuned(small, model, test, given, lr) for lr in given.lr if given.epochs},
+        "tuned": {lr: _tuned(small, case.model, test, given, lr) for lr in rates},
     }
 
 
@@ -237,8 +265,9 @@ def _tuned(
     small: nn.Module, teacher: nn.Module, test: Any, given: argparse.Namespace, lr: float
 ) -> float:
     train = loader(
-        given.data / "train", train=True, size=32, crop="padded", batch_size=128, preload=True
-    )
+        given.data / "train", train=True, size=given.size, batch_size=128, preload=True,
+        crop="padded" if given.size == 32 else "resized",
+    )  # fmt: skip
     config = FinetuneConfig(
         lr=lr, schedule="one-cycle", nesterov=True, mixed_precision=given.precision
     )
