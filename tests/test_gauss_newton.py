@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,3 +103,39 @@ def test_moments_that_are_not_finite_are_refused_by_name() -> None:
         Kronecker.of(
             torch.full((2, 2), float("nan")), torch.eye(2), 1, ridge=0.0, name="conv1 -> conv2"
         )
+
+
+def test_an_iteration_that_gains_little_is_the_last() -> None:
+    calls: list[int] = []
+
+    class Counted(Linear):
+        def jvp(self, number: int, change: Change) -> Tensor:
+            calls.append(number)
+            return super().jvp(number, change)
+
+    given = Counted(**vars(problem()))
+    errors, asked = [], []
+    for least in (0.0, 0.05, 0.5):
+        calls.clear()
+        change = step(given, given.residuals(), (plain, plain), iterations=9, least=least)
+        assert change is not None
+        fitted = [given.t[n] - Linear.jvp(given, n, change) for n in range(2)]
+        errors.append(sum(float(r.square().sum()) for r in fitted))
+        asked.append(len(calls) // 2)
+    gains = gained_by_iteration(given)
+    for n, least in zip(asked[1:], (0.05, 0.5), strict=True):
+        assert gains[n - 1] < least * sum(gains[:n])
+        assert all(gains[i] >= least * sum(gains[: i + 1]) for i in range(n - 1))
+    assert asked[0] == 9 > asked[1] > asked[2]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def gained_by_iteration(given: Linear) -> list[float]:
+    """What each of nine iterations lowers the sum of squares by, from nine separate runs."""
+    errors = [sum(float(t.square().sum()) for t in given.t)]
+    for iterations in range(1, 10):
+        change = step(given, given.residuals(), (plain, plain), iterations=iterations)
+        assert change is not None
+        left = [given.t[n] - Linear.jvp(given, n, change) for n in range(2)]
+        errors.append(sum(float(r.square().sum()) for r in left))
+    return [a - b for a, b in pairwise(errors)]

@@ -119,7 +119,7 @@ def test_derivatives_are_those_of_differences(cls: Any, shape: Any) -> None:
             shape = list(pair.consumer.y.shape)
             gain = torch.rand(shape[dim], dtype=torch.float64) + 0.5
             zeros = torch.zeros(shape, dtype=torch.float64)
-            outputs = PairOutputs(lane, execution.tensors, pair, [zeros], gain)
+            outputs = PairOutputs(lane, execution.tensors, pair, [0], [zeros], gain)
             outputs.residuals()
             change = tuple(
                 torch.randn(len(w), w[0].numel() + 1, dtype=torch.float64) for w in outputs.weights
@@ -139,6 +139,18 @@ def test_derivatives_are_those_of_differences(cls: Any, shape: Any) -> None:
             right = sum(float((a * b).sum()) for a, b in zip(free, transposed, strict=True))
             assert left == pytest.approx(right, rel=1e-9)
             lane.step(index)
+
+
+def test_of_many_positions_each_nth_batch_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(InPlaceNet()).eval()
+    batches = [torch.randn(4, 3, 6, 6) for _ in range(5)]
+    small, plan = cut_by_hand(model, {"conv1": [0, 2]}, batches)
+    thirds, wanted = copy.deepcopy(small), copy.deepcopy(small)
+    refine(wanted, model, plan, batches[::3])
+    monkeypatch.setattr(importlib.import_module("thinet.refine"), "POSITIONS", 5 * 4 * 36 // 3)
+    refine(thirds, model, plan, batches)
+    torch.testing.assert_close(thirds.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(thirds.conv1.weight, small.conv1.weight)
 
 
 def test_one_filter_learns_to_stand_in_for_two() -> None:

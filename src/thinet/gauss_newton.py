@@ -83,6 +83,7 @@ def step(
     preconditioner: Sequence[Callable[[Tensor], Tensor]],
     *,
     iterations: int,
+    least: float = 0.0,
 ) -> Change | None:
     """The change after some iterations of conjugate gradients; None where there is nothing to do.
 
@@ -91,12 +92,14 @@ def step(
     Args:
         residuals: what is missing in each batch; used up.
         preconditioner: for each layer, an approximate inverse of its block of J'J.
-        iterations: each one a forward and a backward derivative over all batches.
+        iterations: at most; each one a forward and a backward derivative over all batches.
+        least: the last is the one that lowers the sum of squares by less than this part of what
+            all have lowered it by.
     """
     gradient = _summed(problem.vjp(n, r) for n, r in enumerate(residuals))
     change: Change | None = None
     direction: Change | None = None
-    before = 0.0
+    before = gained = 0.0
     for iteration in range(iterations):
         ahead = tuple(solve(g) for solve, g in zip(preconditioner, gradient, strict=True))
         slope = _dot(gradient, ahead)
@@ -115,7 +118,8 @@ def step(
             if change is None
             else _add(change, length, direction)
         )
-        if iteration + 1 == iterations:
+        gained += slope * length
+        if iteration + 1 == iterations or slope * length < least * gained:
             break
         for residual, m in zip(residuals, moved, strict=True):
             residual.sub_(m, alpha=length)

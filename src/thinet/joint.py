@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class PairOutputs:
     Outputs are those behind the norm that follows the consumer, but for a constant.
 
     Attributes:
+        numbers: of the lane's batches that are looked at; all others here count these.
+        targets: what the outputs should be, for each of these batches.
         weights, intercepts: of the producer and the consumer; intercepts are what is added.
         gain: (N,) of the norm behind the consumer.
         free: whether a layer's intercept has a place to go.
@@ -31,11 +33,12 @@ class PairOutputs:
         lane: Lane,
         tensors: Mapping[str, Tensor],
         pair: Pair,
+        numbers: Sequence[int],
         targets: list[Tensor],
         gain: Tensor,
     ) -> None:
         self.lane, self.tensors, self.pair = lane, tensors, pair
-        self.targets, self.gain = targets, gain
+        self.numbers, self.targets, self.gain = numbers, targets, gain
         self.ends = (pair.producer, pair.consumer)
         self.weights = tuple(tensors[layer.weight] for layer in self.ends)
         self.intercepts = tuple(w.new_zeros(len(w)) for w in self.weights)
@@ -44,11 +47,14 @@ class PairOutputs:
         self._ids = {name: value_id for value_id, name in lane.program.names.items()}
         self._between = pair.ops[1:-1]
         ops = (lane.program.ops[index] for index in self._between)
+        convolves = lane.program.ops[pair.consumer.op].name == "aten.convolution"
+        self._stacks = convolves and pair.consumer.geometry.groups == 1
         self._written_over = any(pair.producer.y.storage in storages_written(op) for op in ops)
 
     def moved(self, change: Change, share: float) -> PairOutputs:
         """The same with other weights."""
-        other = PairOutputs(self.lane, self.tensors, self.pair, self.targets, self.gain)
+        rest = (self.pair, self.numbers, self.targets, self.gain)
+        other = PairOutputs(self.lane, self.tensors, *rest)
         parts = [self._split(n, change[n] * share) for n in range(2)]
         other.weights = tuple(w + p[0] for w, p in zip(self.weights, parts, strict=True))
         other.intercepts = tuple(i + p[1] for i, p in zip(self.intercepts, parts, strict=True))
@@ -73,13 +79,16 @@ class PairOutputs:
         (ours, shift), (theirs, added) = (self._split(n, change[n]) for n in range(2))
         y, between, _ = (t.detach() for t in self._passed[number])
         moved = self._layer(0, number, {}, ours, shift)
-        answer = self._layer(1, number, {self.pair.consumer.x.id: between}, theirs, added)
         with forward_derivatives():
             dual = forward_ad.make_dual(y.clone() if self._written_over else y, moved)
             tangent = forward_ad.unpack_dual(self._gone_on(number, dual)).tangent
-            if tangent is not None:
-                given = {self.pair.consumer.x.id: tangent}
-                answer += self._layer(1, number, given, self.weights[1], torch.zeros_like(added))
+        read, fixed = self.pair.consumer.x.id, self.weights[1]
+        if tangent is not None and self._stacks:  # one product: what it makes is the larger part
+            both = torch.cat([between, tangent], self._dim(1))
+            return self._layer(1, number, {read: both}, torch.cat([theirs, fixed], 1), added)
+        answer = self._layer(1, number, {read: between}, theirs, added)
+        if tangent is not None:
+            answer += self._layer(1, number, {read: tangent}, fixed, torch.zeros_like(added))
         return answer
 
     def vjp(self, number: int, residual: Tensor) -> Change:
@@ -109,7 +118,8 @@ class PairOutputs:
             given = {self.pair.consumer.x.id: between}
             answer = self._layer(1, number, given, self.weights[1], self._added(1))
             (reached,) = torch.autograd.grad(answer, leaf, noise)
-        return self.lane.envs[number][self.pair.producer.x.id], between.detach(), reached
+        x = self.lane.envs[self.numbers[number]][self.pair.producer.x.id]
+        return x, between.detach(), reached
 
     def _answer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """The producer's outputs, the consumer's inputs and its outputs."""
@@ -132,7 +142,8 @@ class PairOutputs:
             added = added * self.gain
         op = self.lane.program.ops[layer.op]
         if op.name == "aten.convolution":  # which adds the intercept on its way
-            x = given[layer.x.id] if layer.x.id in given else self.lane.envs[number][layer.x.id]
+            env = self.lane.envs[self.numbers[number]]
+            x = given[layer.x.id] if layer.x.id in given else env[layer.x.id]
             adds = self.free[n] or layer.bias is not None
             return op.func(x, weight, added if adds else None, *op.args[3:])
         put = dict(given)
@@ -142,7 +153,7 @@ class PairOutputs:
             put[self._ids[layer.weight]] = weight
         if layer.bias is not None:
             put[self._ids[layer.bias]] = added
-        y = self.lane.try_ops(number, (layer.op,), put)[layer.y.id]
+        y = self.lane.try_ops(self.numbers[number], (layer.op,), put)[layer.y.id]
         if layer.bias is None and self.free[n]:
             y = y + added.reshape(-1, *[1] * layer.geometry.rank)
         return y
@@ -150,7 +161,8 @@ class PairOutputs:
     def _gone_on(self, number: int, y: Tensor) -> Tensor:
         """From the producer's outputs to the consumer's inputs."""
         given = {self.pair.producer.y.id: y}
-        return self.lane.try_ops(number, self._between, given)[self.pair.consumer.x.id]
+        gone = self.lane.try_ops(self.numbers[number], self._between, given)
+        return gone[self.pair.consumer.x.id]
 
     def _split(self, n: int, change: Tensor) -> tuple[Tensor, Tensor]:
         return change[:, :-1].reshape(self.weights[n].shape), change[:, -1].contiguous()

@@ -9,6 +9,7 @@ output take part. (Quantisation knows such reconstruction of blocks: Li et al., 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,12 @@ from thinet.types import ExampleInputs, Progress
 
 ITERATIONS = 5
 """Of conjugate gradients; more gain little on ResNet-56 (docs/method.md)."""
+
+LEAST = 0.1
+"""Of what all iterations have gained: one that gains less is a pair's last (docs/method.md)."""
+
+POSITIONS = 500_000
+"""Outputs' positions to which a pair is fitted: of more, only each n-th batch is looked at."""
 
 AFFORDED = 5e11
 """Multiply-adds of one pass over the calibration images up to which refining is the default: a
@@ -79,14 +86,15 @@ def refine(
 
     Pairs are those between whose layers nothing leaves for elsewhere; others stay as they are. The
     outputs' error is measured behind the BatchNorm that follows, the shortcut's loss included, and
-    never grows. Costs some ten forward passes for each iteration.
+    never grows on the batches that are looked at (all, up to `POSITIONS`). Costs some ten forward
+    passes for each iteration at the most.
 
     Args:
         small: the cut network, best repaired before.
         dense: the network that it was cut from.
         plan: how it was cut.
         batches: the calibration inputs.
-        iterations: of conjugate gradients for each pair.
+        iterations: of conjugate gradients for each pair, at most.
         ridge: of the preconditioner, relative to the moments' mean diagonals.
         seed: of the sampled positions.
         store: where the activations of waiting batches rest; those of the pair at hand, some six
@@ -162,8 +170,9 @@ class _Pass:
         if reason is not None:
             self.skipped[name] = reason
             return
-        targets, gain = self._targets(pair.consumer)
-        problem = PairOutputs(self.lane, self.execution.tensors, pair, targets, gain)
+        numbers = self._looked_at(pair.consumer)
+        targets, gain = self._targets(pair.consumer, numbers)
+        problem = PairOutputs(self.lane, self.execution.tensors, pair, numbers, targets, gain)
         try:
             residuals = problem.residuals()
             before = sum(squared(r) for r in residuals)
@@ -171,7 +180,7 @@ class _Pass:
                 self.skipped[name] = "it answers as the dense network does"
                 return
             solves = self._preconditioner(problem, name)
-            change = step(problem, residuals, solves, iterations=self.iterations)
+            change = step(problem, residuals, solves, iterations=self.iterations, least=LEAST)
         except (CalibrationError, NotImplementedError) as error:
             self.skipped[name] = f"it cannot be differentiated: {error}"
             return
@@ -204,7 +213,14 @@ class _Pass:
             return "what lies between reads something that is made later"
         return None
 
-    def _targets(self, layer: Layer) -> tuple[list[Tensor], Tensor]:
+    def _looked_at(self, layer: Layer) -> range:
+        """The batches that a pair is fitted to, by number."""
+        images = sum(images_in(batch) for batch in self.batches)
+        mine = images_in(self.batches[0]) * len(self.execution.tensors[layer.weight])
+        positions = images * math.prod(layer.y.shape) // mine
+        return range(0, len(self.batches), max(positions // POSITIONS, 1))
+
+    def _targets(self, layer: Layer, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """What the consumer should add to its stream, batch by batch, and the norm's gain on it."""
         theirs = self.dense_layers[self.same[layer.op]]
         while theirs.op not in self.ahead.done:
@@ -235,7 +251,8 @@ class _Pass:
             and shortcut_source(self.ahead.program, theirs) in self.ahead.done
         )
         targets: list[Tensor] = []
-        for dense, env in zip(self.ahead.envs, self.lane.envs, strict=True):
+        for number in numbers:
+            dense, env = self.ahead.envs[number], self.lane.envs[number]
             target = (picked(dense[theirs.y.id]) + moved) * factor
             if made_up and layer.shortcut is not None and theirs.shortcut is not None:
                 target += picked(dense[theirs.shortcut.id]) - env[layer.shortcut.id]
@@ -253,7 +270,7 @@ class _Pass:
         ).to(problem.gain.device)
         rows, places, images = [0, 0], 0, 0
         last = -(-IMAGES // images_in(self.batches[0]))
-        for number in range(min(last, len(self.batches))):
+        for number, whole in enumerate(problem.numbers[:last]):
             x, between, back = problem.sent_back(number, self.generator)
             for n, (layer, seen) in enumerate(((pair.producer, x), (pair.consumer, between))):
                 phi = self._some_rows(layer, seen, -(-max(ROWS, 4 * len(inputs[n])) // last))
@@ -263,8 +280,8 @@ class _Pass:
             g = back.movedim(-1 - pair.producer.geometry.rank, -1).flatten(0, -2)
             passed += g.T @ g
             places += len(g)
-            images += images_in(self.batches[number])
-        share = images / sum(images_in(batch) for batch in self.batches)
+            images += images_in(self.batches[whole])
+        share = images / sum(images_in(self.batches[n]) for n in problem.numbers)
         mixed = problem.size // len(problem.weights[1])
         solves: list[_Solve] = []
         gain = problem.gain.double()
