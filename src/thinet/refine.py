@@ -34,7 +34,7 @@ from thinet.types import ExampleInputs, Progress
 ITERATIONS = 5
 """Of conjugate gradients; more gain little on ResNet-56 (docs/method.md)."""
 
-LEAST = 0.1
+LEAST = 0.05
 """Of what all iterations have gained: one that gains less is a pair's last (docs/method.md)."""
 
 POSITIONS = 500_000
