@@ -38,8 +38,8 @@ FEW = 0.4
 
 NOT_REFINED = (
     "producers and consumers were not refitted together: a pass over the calibration images costs "
-    "{passed:.2g} multiply-adds, and that takes up to fifty; RepairSettings(refine=5) or --refine 5 "
-    "does it"
+    "{passed:.2g} multiply-adds, and that takes up to fifty; RepairSettings(refine=5) or "
+    "--refine 5 does it"
 )
 
 
