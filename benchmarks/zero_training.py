@@ -8,12 +8,12 @@
         --data .data/imagenette --size 224 --classes 10 --groups 'layer*.conv[12]'
 
 Of the two CIFAR networks only the first convolution of each block is pruned, as in the paper; any
-other network is named as on the command line, with the `--groups` to prune. On 1,000 unlabelled
-training images; accuracy is top-1 on every second image of the test set. `keep` rows take the same
-fraction of every group, `x` rows reach the same cost with widths from error curves. "Joint refit"
-refits producers and consumers together afterwards, below 0.4 of the costs in two rounds. "+ BN"
-re-estimates BatchNorm statistics on the same images. `--epochs` fine-tunes each result, one-cycle
-on all training images, with each peak rate in turn; the best is shown.
+other network is named as on the command line, with the `--groups` to prune. All see 1,000 training
+images, without labels but for Taylor; accuracy is top-1 on every second test image. `keep` rows
+take the same fraction of every group, `x` rows reach the same cost with widths from error curves.
+"Joint refit" refits producers and consumers together afterwards, below 0.4 of the costs in two
+rounds. "+ BN" re-estimates BatchNorm statistics on the same images. `--epochs` fine-tunes each
+result, one-cycle on all training images, with each peak rate in turn; the best is shown.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def torch_pruning(name: str, importance: str, *, everywhere: bool) -> Method:
                 small, example, score, global_pruning=everywhere, pruning_ratio=ratio,
                 max_pruning_ratio=0.95, ignored_layers=ignored, round_to=1,
             )  # fmt: skip
-            if "Taylor" in importance:
+            if gradients:
                 for parameter, gradient in zip(small.parameters(), gradients, strict=True):
                     parameter.grad = gradient.clone()
             pruner.step()

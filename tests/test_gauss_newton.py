@@ -49,6 +49,12 @@ def solution(given: Linear) -> Tensor:
     return torch.linalg.lstsq(inputs, torch.cat(given.t)).solution.T
 
 
+def error(given: Linear, change: Change) -> float:
+    """The sum of squares that a change leaves."""
+    left = (t - given.jvp(n, change) for n, t in enumerate(given.t))
+    return sum(float(r.square().sum()) for r in left)
+
+
 def plain(gradient: Tensor) -> Tensor:
     return gradient
 
@@ -78,8 +84,7 @@ def test_each_iteration_lowers_the_error_and_few_are_a_start() -> None:
     for iterations in range(1, 6):
         change = step(given, given.residuals(), (plain, plain), iterations=iterations)
         assert change is not None
-        left = [t - given.jvp(n, change) for n, t in enumerate(given.t)]
-        errors.append(sum(float(r.square().sum()) for r in left))
+        errors.append(error(given, change))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < sum(float(t.square().sum()) for t in given.t)
 
@@ -119,9 +124,8 @@ def test_an_iteration_that_gains_little_is_the_last() -> None:
         calls.clear()
         change = step(given, given.residuals(), (plain, plain), iterations=9, least=least)
         assert change is not None
-        fitted = [given.t[n] - Linear.jvp(given, n, change) for n in range(2)]
-        errors.append(sum(float(r.square().sum()) for r in fitted))
         asked.append(len(calls) // 2)
+        errors.append(error(given, change))
     gains = gained_by_iteration(given)
     for n, least in zip(asked[1:], (0.05, 0.5), strict=True):
         assert gains[n - 1] < least * sum(gains[:n])
@@ -136,6 +140,5 @@ def gained_by_iteration(given: Linear) -> list[float]:
     for iterations in range(1, 10):
         change = step(given, given.residuals(), (plain, plain), iterations=iterations)
         assert change is not None
-        left = [given.t[n] - Linear.jvp(given, n, change) for n in range(2)]
-        errors.append(sum(float(r.square().sum()) for r in left))
+        errors.append(error(given, change))
     return [a - b for a, b in pairwise(errors)]

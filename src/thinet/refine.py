@@ -9,7 +9,6 @@ output take part. (Quantisation knows such reconstruction of blocks: Li et al., 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
-from thinet.calibrate.rows import WIDEST, columns_of
+from thinet.calibrate.rows import WIDEST, columns_of, positions_in
 from thinet.errors import CalibrationError
 from thinet.gauss_newton import Kronecker, squared, step
 from thinet.joint import PairOutputs
@@ -215,9 +214,7 @@ class _Pass:
 
     def _looked_at(self, layer: Layer) -> range:
         """The batches that a pair is fitted to, by number."""
-        images = sum(images_in(batch) for batch in self.batches)
-        mine = images_in(self.batches[0]) * len(self.execution.tensors[layer.weight])
-        positions = images * math.prod(layer.y.shape) // mine
+        positions = positions_in(layer, self.execution.tensors[layer.weight], self.batches)
         return range(0, len(self.batches), max(positions // POSITIONS, 1))
 
     def _targets(self, layer: Layer, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:

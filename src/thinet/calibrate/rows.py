@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.patches import position_grid, sample_positions
 from thinet.errors import OptionError
+from thinet.types import ExampleInputs
 
 WIDEST = 6144
 """Columns of a consumer's input up to which its second moments are formed."""
@@ -48,6 +51,13 @@ class Rows:
 def columns_of(layer: Layer, weight: Tensor) -> int:
     """Columns of the layer's input patches: input channels x taps."""
     return weight.shape[1] * layer.geometry.groups * layer.geometry.taps
+
+
+def positions_in(layer: Layer, weight: Tensor, batches: Sequence[ExampleInputs]) -> int:
+    """Output positions of a layer in all batches together, where batches are alike."""
+    images = sum(images_in(batch) for batch in batches)
+    there = math.prod(layer.y.shape) // len(weight)  # in the first batch
+    return images * there // max(images_in(batches[0]), 1)
 
 
 def positions_of(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import magnitude
-from thinet.calibrate.rows import Rows, columns_of, wanted
+from thinet.calibrate.rows import Rows, columns_of, positions_in, wanted
 from thinet.store import Shelf
 from thinet.trace.interpret import Execution
 from thinet.types import ExampleInputs
@@ -49,11 +47,11 @@ def target_bytes(
     layers: Mapping[int, Layer], execution: Execution, rows: Rows, batches: Sequence[ExampleInputs]
 ) -> int:
     """Bytes that the targets of all layers take, where batches are alike."""
-    share = sum(images_in(batch) for batch in batches) / max(images_in(batches[0]), 1)
-    total = 0.0
+    total = 0
     for layer in layers.values():
-        weight, y = execution.tensors[layer.weight], layer.y
-        there = share * math.prod(y.shape) / len(weight)
+        weight = execution.tensors[layer.weight]
+        there = positions_in(layer, weight, batches)
         looked_at = min(there, wanted(rows, columns_of(layer, weight)))
-        total += looked_at * len(weight) * y.dtype.itemsize * (1 if layer.shortcut is None else 2)
-    return int(total)
+        kept = len(weight) * layer.y.dtype.itemsize * (1 if layer.shortcut is None else 2)
+        total += looked_at * kept
+    return total
