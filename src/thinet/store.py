@@ -169,10 +169,11 @@ class Kept:
         self._place = -1
         self.size = tensor.numel() * tensor.element_size()
         self._form = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        self._tensor: Tensor | None = tensor
+        self._tensor: Tensor | None = None
         if store.held + self.size > store.limit and self.size:
-            self._place, self._tensor = store._write(tensor, self.size), None
+            self._place = store._write(tensor, self.size)
         else:
+            self._tensor = tensor
             store.held += self.size
             store._inside.add(self)
             if store.own <= self.size < _LARGE and tensor.device.type == "cpu" and turn[0]:

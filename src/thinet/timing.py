@@ -62,7 +62,7 @@ def latencies(
     if not seconds > 0:
         raise OptionError(f"seconds of timed runs must be above zero, got {seconds}")
     times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
+    with torch.no_grad():  # what a forward keeps for later has to bear gradients then
         for name, model in models.items():
             for _ in range(3):
                 _tried(name, model, inputs)
@@ -89,8 +89,9 @@ def _timed(model: nn.Module, inputs: ExampleInputs) -> float:
 
 
 def _wait(model: nn.Module) -> None:
-    if _device(model).type == "cuda":
-        torch.cuda.synchronize()
+    device = _device(model)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -174,7 +174,7 @@ def _first_different(
             for dim, axis in enumerate(labeller.of(value)):
                 if isinstance(axis, np.ndarray):
                     stays = np.flatnonzero(~gone[labeller.classes.find(axis)])
-                    left = left.index_select(dim, torch.from_numpy(stays))
+                    left = left.index_select(dim, torch.from_numpy(stays).to(left.device))
             close = left.shape == right.shape and torch.allclose(
                 left, right, rtol=1e-6, atol=1e-6 * _largest(left), equal_nan=True
             )

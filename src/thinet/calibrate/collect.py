@@ -175,7 +175,7 @@ class Collector:
             if key not in found.outputs:
                 found.outputs[key] = Moments(0, len(weight), where=where, device=x.device)
             for name, count, units in self.consumers[key]:
-                part = self._gram(layer, x, weight, positions, units, count).cpu() * self.share
+                part = self._gram(layer, x, weight, positions, units, count) * self.share
                 found.grams[key, name] = found.grams.get((key, name), 0) + part
 
     def _gram(

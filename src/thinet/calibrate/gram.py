@@ -128,7 +128,7 @@ def gram_rows(
     outputs = len(columns)
     total = torch.zeros(count, count, dtype=torch.float64, device=phi.device)
     for rows in phi.split(max(_ROW_BLOCK // (count * outputs), 1)):
-        parts = torch.bmm(rows[:, pick].transpose(0, 1), by_unit).flatten(1)
+        parts = torch.bmm(rows[:, pick].to(by_unit).transpose(0, 1), by_unit).flatten(1)
         total += parts @ parts.T
     return total
 

@@ -161,9 +161,11 @@ def prune(
     if recipe is not None:  # whether it fits is known before any image is read
         asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
         del asked["keep"]
-    before = after = None
+    plan, before, after = named.plan or Plan(), None, None
     with console.progress() as told:
         held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
+        if held is not None:  # whether the labels fit is known before the work
+            before = evaluate(named.model, held, device=device, progress=told).top1
         batches = folders.calibration_batches(
             calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
             resize=prepared.resize, labels="taylor" in criterion, mirror=mirror, progress=told,
@@ -172,11 +174,9 @@ def prune(
             named.model, inputs, batches, **asked, criterion=criterion, repair=repair,
             recalibrate=recalibrate, sampling=sampling, memory=memory, seed=seed, progress=told,
         )  # fmt: skip
+        save(out, result.model, plan.then(result.plan))
         if held is not None:
-            before = evaluate(named.model, held, device=device, progress=told).top1
             after = evaluate(result.model, held, device=device, progress=told).top1
-    plan = (named.plan or Plan()).then(result.plan)
-    save(out, result.model, plan)
     done = result.report
     shown = Report(
         title=f"{model}, pruned",

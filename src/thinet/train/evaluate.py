@@ -15,7 +15,7 @@ from thinet.observe import evaluating
 from thinet.trace.record import check_model
 from thinet.train.feed import Feed
 from thinet.train.outputs import check_targets, logits_of, output_of
-from thinet.train.processes import Processes, current
+from thinet.train.processes import Processes, current, is_on
 from thinet.types import Progress
 
 
@@ -64,7 +64,7 @@ def evaluate(
     check_model(model)
     processes = current(device)
     feed = Feed(data, seed=0, rank=processes.rank, world=processes.world)
-    placed = model if _is_on(model, processes.device) else copy.deepcopy(model)
+    placed = model if is_on(model, processes.device) else copy.deepcopy(model)
     placed = placed.to(processes.device)
     return evaluate_feed(placed, feed, processes, progress)
 
@@ -74,7 +74,7 @@ def evaluate_feed(
 ) -> Evaluation:
     """`evaluate` on prepared data, with a model that is on the device already."""
     totals = torch.zeros(4, dtype=torch.float64)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for number, images, labels in feed.epoch(0):
             if len(images):
                 images = images.to(processes.device, non_blocking=True)
@@ -108,11 +108,3 @@ def _scores(output: Any, labels: torch.Tensor, where: str) -> torch.Tensor:
 def _sum_device(processes: Processes) -> torch.device:
     """Where sums over processes are exchanged: NCCL works on GPU memory only."""
     return processes.device if processes.world > 1 else torch.device("cpu")
-
-
-def _is_on(model: nn.Module, device: torch.device) -> bool:
-    tensors = [*model.parameters(), *model.buffers()]
-    return all(
-        tensor.device.type == device.type and device.index in (None, tensor.device.index)
-        for tensor in tensors
-    )

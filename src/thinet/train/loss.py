@@ -15,6 +15,7 @@ from thinet.observe import evaluating
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
 from thinet.train.outputs import auxiliary_of, check_targets, logits_of, output_of
+from thinet.train.processes import is_on
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +29,7 @@ class Loss:
         self.config = config
         self.device = device
         self.teacher = teacher
-        if teacher is not None and any(p.device != device for p in teacher.parameters()):
+        if teacher is not None and not is_on(teacher, device):
             self.teacher = copy.deepcopy(teacher).to(device)
 
     def __call__(

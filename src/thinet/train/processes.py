@@ -187,5 +187,14 @@ def current(device: str | torch.device | None = None) -> Processes:
     return Processes(rank, world, own)
 
 
+def is_on(model: nn.Module, device: torch.device) -> bool:
+    """Whether all of a model lies there; a device without a number is any of its kind."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(
+        tensor.device.type == device.type and device.index in (None, tensor.device.index)
+        for tensor in tensors
+    )
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
