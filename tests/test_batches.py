@@ -79,3 +79,30 @@ def test_numbers_beside_the_images_have_no_batch_size() -> None:
 def test_what_cannot_be_used_is_said(calibration: Any, text: str) -> None:
     with pytest.raises(CalibrationError, match=text):
         calibration_inputs(calibration, device=CPU)
+
+
+TWO = (X, X + 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "target"),
+    [
+        ((X, Y), (X, Y), None),
+        ([X, Y], (X, Y), None),
+        ((X, X, Y), (X, X), Y),
+        (((X, X), Y), (X, X), Y),
+        ({"a": X, "b": X}, {"a": X, "b": X}, None),
+    ],
+)
+def test_a_batch_like_two_example_inputs_is_two_inputs(
+    batch: Any, inputs: Any, target: torch.Tensor | None
+) -> None:
+    ((found, labels),) = calibration_pairs([batch], device=CPU, like=TWO)
+    assert same(found, inputs)
+    assert (labels is None) == (target is None)
+    assert target is None or (labels is not None and torch.equal(labels, target))
+
+
+def test_one_example_input_in_a_tuple_changes_nothing() -> None:
+    ((found, labels),) = calibration_pairs([(X, Y)], device=CPU, like=(X,))
+    assert same(found, X) and labels is not None

@@ -391,3 +391,11 @@ def test_random_depends_on_name_and_seed_only():
     }
     assert len(set(orders.values())) == 4
     assert orders["layer1", 0][:4] == get("random")(GroupStatistics("layer1", 30)).removed[:4]
+
+
+def test_a_criterion_that_returns_no_order_is_named(stats, monkeypatch):
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+    nothing = criterion("nothing", needs="filters")(lambda _: None)
+    assert nothing.needs == {"filters"}
+    with pytest.raises(OptionError, match=r"'nothing' must return a thinet.criteria.Order.*None"):
+        nothing(stats)

@@ -169,3 +169,46 @@ def test_dropout_is_the_least_squares_over_all_that_may_be_dropped(p):
     change = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
     torch.testing.assert_close(weight, prior + change[:3].T)
     torch.testing.assert_close(bias, change[3])
+
+
+def validated_by_hand(phi: torch.Tensor, target: torch.Tensor, prior: torch.Tensor):
+    """The best of the pulls by generalised cross-validation, with the hat matrix written out."""
+    rows, columns = phi.shape
+    x, y = phi - phi.mean(0), target - target.mean(0)
+    mean = float((x.T @ x / rows).diagonal().mean())
+    found = []
+    for factor in (1, 3, 10, 30, 100, 300, 1000):
+        pulled = x.T @ x / rows + 1e-3 * factor * mean * torch.eye(columns)
+        hat = x @ torch.linalg.inv(pulled) @ x.T / rows
+        missed = (torch.eye(rows) - hat) @ (y - x @ prior.T)
+        score = missed.square().sum() / (1 - (hat.trace() + 1) / rows) ** 2
+        weight = prior + (torch.linalg.inv(pulled) @ x.T @ (y - x @ prior.T) / rows).T
+        found.append((float(score), weight))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+@pytest.mark.parametrize("rows", [12, 20, 21, 30, 60, 159])
+def test_with_few_rows_cross_validation_chooses_the_pull(rows):
+    phi, prior = random(rows, 20, seed=rows) + 1, random(3, 20, seed=1)
+    true = prior + 0.1 * random(3, 20, seed=2)
+    target = phi @ true.T + 2 * random(rows, 3, seed=3)
+    seen = Moments(20, 3)
+    seen.add(phi, target)
+    parts = seen.second, seen.mean, seen.cross, seen.y_mean
+    options = {"ridge": 1e-3, "rows": rows, "y_variance": seen.y_variance()}
+    weight, bias = solve_full(*parts, prior, **options)
+    assert torch.allclose(weight, validated_by_hand(phi, target, prior), atol=1e-6)
+    assert torch.allclose(bias, seen.y_mean - weight @ seen.mean)
+    plain, _ = solve_full(*parts, prior, ridge=1e-3)
+    assert (weight - true).square().sum() < (plain - true).square().sum()
+
+
+def test_with_enough_rows_the_pull_is_the_one_that_was_asked_for():
+    phi, prior = random(160, 20), random(3, 20, seed=1)
+    target = phi @ prior.T + random(160, 3, seed=3)
+    seen = Moments(20, 3)
+    seen.add(phi, target)
+    parts = seen.second, seen.mean, seen.cross, seen.y_mean
+    options = {"ridge": 1e-3, "rows": 160, "y_variance": seen.y_variance()}
+    assert torch.equal(solve_full(*parts, prior, **options)[0],
+                       solve_full(*parts, prior, ridge=1e-3)[0])  # fmt: skip

@@ -15,6 +15,7 @@ from tests.more_nets import DictInputNet, TupleInputNet
 from tests.nets import BasicResidualNet, ConcatNet, DepthwiseNet, GroupedNet, Net, SENet
 from tests.oracle import randomise
 from thinet.calibrate.rows import Rows
+from thinet.criteria import base
 from thinet.criteria.base import criteria
 from thinet.errors import (
     BudgetError,
@@ -123,9 +124,9 @@ def test_dict_and_tuple_inputs() -> None:
     net = randomise(TupleInputNet()).eval()
     a, b = net.example()
     first = thinet.prune(net, (a, b), [((a, b), torch.zeros(2))], budget=HALF)
-    with pytest.raises(CalibrationError, match="missing 1 required positional argument"):
-        thinet.prune(net, (a, b), [(a, b)], budget=HALF)
     assert first.report.refitted
+    with pytest.raises(CalibrationError, match="takes 3 positional arguments but 5"):
+        thinet.prune(net, (a, b), [(a, torch.zeros(2), b, b)], budget=HALF)
 
 
 @torch.no_grad()
@@ -464,3 +465,83 @@ def test_larger_calibration_batches_than_the_example_are_measured_at_the_same_la
     assert one.plan.keep == many.plan.keep
     assert equal(one.model, many.model)
     assert one.report.refitted == ("b", "c")
+
+
+def test_half_precision_with_a_layer_too_wide_for_its_moments() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6400, 4))
+    x = torch.randn(4, 3, 12, 12)
+    options: dict[str, Any] = {"budget": HALF, "only": "0"}
+    exact = thinet.prune(model, x[:1], [x], **options)
+    half = model.bfloat16()
+    found = thinet.prune(half, x[:1].bfloat16(), [x.bfloat16()], **options)
+    assert found.model[0].weight.dtype == torch.bfloat16
+    ours, theirs = set(found.plan.keep["0"]), set(exact.plan.keep["0"])
+    assert len(ours & theirs) > 24  # of 32: rounding moves few
+
+
+def test_a_criterion_that_works_in_place_leaves_the_model_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+
+    @base.criterion("spoiler", needs={"weights", "filters", "gram", "hessians"})
+    def spoil(stats: base.GroupStatistics) -> base.Order:
+        tensors = [*stats.filters, stats.gram]
+        tensors += [t for c in stats.consumers for t in (c.weight, c.second)]
+        for tensor in tensors:
+            assert tensor is not None
+            tensor.mul_(10)
+        return base.by_score(stats, torch.arange(stats.channels).double())
+
+    model, x = randomise(Tiny()).eval(), images()
+    before = copy.deepcopy(model.state_dict())
+    found = thinet.prune(model, x[:1], [x], budget=HALF, criterion="spoiler")
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+
+    @base.criterion("first", needs={"weights", "filters", "gram", "hessians"})
+    def first(stats: base.GroupStatistics) -> base.Order:
+        return base.by_score(stats, torch.arange(stats.channels).double())
+
+    same = thinet.prune(model, x[:1], [x], budget=HALF, criterion="first")
+    for name, tensor in same.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], tensor), name
+
+
+def test_repair_with_as_many_images_as_columns_does_not_fit_noise() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 128, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    x, test = torch.randn(64, 3, 8, 8), torch.randn(500, 3, 8, 8)
+
+    def lost(repair: Repair) -> float:
+        budget = thinet.Budget(keep={"2": 64})
+        small = thinet.prune(model, x[:1], x.split(32), budget=budget, repair=repair).model
+        with torch.no_grad():
+            wanted, found = model(test), small(test)
+        return float((wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+    assert lost("full") < lost("scale") < lost("none")
+
+
+def test_two_positional_inputs_are_calibrated_in_the_form_of_the_example() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(5, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+            y = self.a(x)
+            return self.c(torch.relu(y if condition is None else y + self.b(condition)))
+
+    torch.manual_seed(0)
+    model, x, y = Two().eval(), torch.randn(64, 6), torch.randn(64, 5)
+    plain, nested, labelled = (
+        thinet.prune(model, (x[:2], y[:2]), [batch], budget=HALF).model.state_dict()
+        for batch in ((x, y), ((x, y), torch.zeros(64)), (x, y, torch.zeros(64)))
+    )
+    assert all(
+        torch.equal(plain[n], nested[n]) and torch.equal(plain[n], labelled[n]) for n in plain
+    )

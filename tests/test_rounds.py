@@ -104,3 +104,41 @@ def test_fixed_widths_are_kept_through_both_rounds() -> None:
         thinet.prune(model, x, [x], budget=thinet.Budget(macs=0.5), fixed={"nothing_like_it": 3})
     with pytest.raises(OptionError, match="shared out by error"):
         thinet.prune(model, x, [x], budget=thinet.Budget(keep=0.5), fixed={name: 3})
+
+
+class Narrow(torch.nn.Sequential):
+    def __init__(self, width: int) -> None:
+        conv = torch.nn.Conv2d
+        super().__init__(conv(3, width, 3), torch.nn.ReLU(), conv(width, width, 3),
+                         torch.nn.ReLU(), conv(width, 4, 3))  # fmt: skip
+
+
+def narrow(fraction: float, **options: object) -> PruneResult:
+    torch.manual_seed(0)
+    model, x = Narrow(5).eval(), torch.randn(4, 3, 9, 9)
+    return thinet.prune(
+        model, x[:1], [x], budget=thinet.Budget(macs=fraction), divisor=1, **options
+    )  # type: ignore[arg-type]
+
+
+def test_rounds_that_cannot_meet_a_budget_are_given_up_with_a_note() -> None:
+    given_up, again = narrow(0.26, rounds=2), narrow(0.26, rounds=1)
+    (note,) = given_up.report.notes
+    assert note.startswith("2 rounds cannot meet macs=0.26")
+    assert same(given_up, again) and not again.report.notes
+
+
+def test_a_step_on_the_way_need_not_be_met_exactly() -> None:
+    result = narrow(0.3, rounds=2)  # no widths leave within a hundredth of its root
+    assert not result.report.notes and result.report.reached == pytest.approx(0.3, abs=0.01)
+    assert not same(result, narrow(0.3, rounds=1))
+
+
+def test_a_group_fixed_at_one_channel_is_left_alone_by_the_second_round() -> None:
+    result = narrow(0.25, fixed={"0": 1}, rounds=2)
+    first, second = (g for g in result.report.groups if g.locked is None)
+    assert (first.name, first.kept, first.channels, first.skipped) == ("0", 1, 5, None)
+    assert (second.kept, second.channels) == (4, 5)
+    assert first.error is not None and first.error > 0
+    only_first = narrow(0.3, fixed={"0": 1}, rounds=2)  # reached by the first round alone
+    assert not only_first.report.notes and only_first.report.reached < 0.3

@@ -74,6 +74,7 @@ def error_widths(
     late: float = LATE,
     fixed: Mapping[str, int] | None = None,
     allocator: Allocator | None = None,
+    exactly: bool = True,
 ) -> dict[str, int]:
     """How many units stay in each group under a budget of MACs or parameters.
 
@@ -88,9 +89,10 @@ def error_widths(
             weights grow evenly in proportion.
         fixed: units that stay of single groups; the others are shared out around them.
         allocator: by default `allocate`.
+        exactly: within 1 %; else as near as these widths can.
 
     Raises:
-        BudgetError: the budget cannot be met within 1 %.
+        BudgetError: the budget cannot be met.
     """
     narrowest = 2 if least is None else least
     if divisor < 1 or narrowest < 1:
@@ -128,7 +130,8 @@ def error_widths(
         if divisor == 1 or measure(widths) >= target - WITHIN * full:
             free = [g for g in groups if g.name not in fixed]
             widths = nearer_widths(widths, free, measure, target, WITHIN * full, least=least or 1)
-            check_reached(budget, {budget.kind: measure(widths) / full})
+            if exactly:
+                check_reached(budget, {budget.kind: measure(widths) / full})
             return widths
         divisor //= 2
 

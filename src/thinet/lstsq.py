@@ -12,6 +12,12 @@ _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on ea
 
 _CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
 
+FEW = 8
+"""Rows for each column; with fewer, cross-validation decides how strong the pull to the old weights
+is, as noise would be fitted: most of it where there are as many rows as columns."""
+
+_PULLS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # times the ridge that was asked for
+
 
 def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
     """Lower factor of positive semi-definite matrices, their diagonals raised as little as needed.
@@ -91,6 +97,8 @@ def solve_full(
     dropout: float = 0.0,
     intercept: bool = True,
     overwrite: bool = False,
+    rows: int | None = None,
+    y_variance: Tensor | None = None,
     name: str = "the consumer",
 ) -> tuple[Tensor, Tensor]:
     """New weights and intercept of a consumer whose input has changed.
@@ -111,6 +119,10 @@ def solve_full(
             energy p / (1 - p) E[phi_c^2] (W - prior)_c^2, which is then minimised along.
         intercept: whether b is free; else it is 0.
         overwrite: `second` is not needed any more, which spares a copy.
+        rows, y_variance: of a single system, how many rows it is made of and the (N,) variance of
+            the target. Fewer than `FEW` rows for each column: lambda is that of up to a thousand
+            times the ridge which generalised cross-validation likes best (Golub, Heath and Wahba,
+            1979).
 
     Returns:
         W (..., N, S) and b (..., N), float64.
@@ -132,17 +144,55 @@ def solve_full(
             cross.masked_fill_(constant[..., None], 0)
     # The change from the prior is the unknown, so that what is singular moves nothing.
     lost = cross - system @ prior.mT
-    if system.shape[-1]:
-        diagonal.add_(ridge * diagonal.mean(-1, keepdim=True))
-        diagonal.add_(dropout / (1 - dropout) * energy)
-    factor, _ = cholesky(system, name)
-    weight = prior + torch.cholesky_solve(lost, factor).mT
+    noise = dropout / (1 - dropout) * energy
+    pull = ridge * diagonal.mean(-1, keepdim=True) if system.shape[-1] else diagonal
+    if rows is not None and y_variance is not None and rows < FEW * system.shape[-1]:
+        left = y_variance.double().sum() - (prior.mT * (cross + lost)).sum()
+        change = _validated(system, lost, pull, noise, left, rows, name)
+    else:
+        diagonal.add_(pull).add_(noise)
+        change = torch.cholesky_solve(lost, cholesky(system, name)[0])
+    weight = prior + change.mT
     bias = y_mean - (weight @ mean[..., None])[..., 0] if intercept else torch.zeros_like(y_mean)
     if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
         raise RepairError(
             f"{name}: the repaired weights are not finite; check the targets and calibration images"
         )
     return weight, bias
+
+
+def _validated(
+    system: Tensor, lost: Tensor, pull: Tensor, noise: Tensor, left: Tensor, rows: int, name: str
+) -> Tensor:
+    """(S, N) change of the weights with the pull that generalised cross-validation chooses.
+
+    The error that is left over (1 - degrees of freedom / rows)^2 is least; both follow from the
+    moments, the degrees being the trace of the system over the system as pulled.
+
+    Args:
+        left: energy of what the old weights leave of the target.
+    """
+    diagonal = system.diagonal()
+    before = diagonal.clone()
+    best, found = torch.inf, torch.zeros_like(lost)
+    for factor in _PULLS:
+        added = pull * factor + noise
+        torch.add(before, added, out=diagonal)
+        root, jitter = cholesky(system, name)
+        change = torch.cholesky_solve(lost, root)
+        degrees = len(before) - float(((added + jitter) * _inverse_diagonal(root)).sum())
+        torch.add(before, 0.0, out=diagonal)
+        missed = left - 2 * (change * lost).sum() + (change * (system @ change)).sum()
+        free = max(1 - (degrees + 1) / rows, 1e-6)  # and one for the intercept
+        if (score := float(missed.clamp(min=0)) / free**2) < best:
+            best, found = score, change
+    return found
+
+
+def _inverse_diagonal(root: Tensor) -> Tensor:
+    """Diagonal of the inverse of a matrix with this lower factor."""
+    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    return torch.linalg.solve_triangular(root, eye, upper=False).square().sum(0)
 
 
 def _subtract_outer(matrix: Tensor, vector: Tensor) -> None:

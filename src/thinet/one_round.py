@@ -21,7 +21,7 @@ from thinet.cut import apply_to_copy
 from thinet.dynamic import allocate_dynamic
 from thinet.errors import CalibrationError
 from thinet.latency_budget import latency_widths, time_share
-from thinet.outcome import Clock, PruneReport, PruneResult, group_report, share
+from thinet.outcome import NOTHING, Clock, PruneReport, PruneResult, group_report, share
 from thinet.prune_options import PruneOptions
 from thinet.refine import Refined, refine
 from thinet.repair import Repaired, repair_full, repair_scale
@@ -41,6 +41,8 @@ class Task:
     Attributes:
         groups: those that may be cut.
         fixed: units of the groups whose widths are given.
+        on_the_way: whether this is a step towards the budget that was asked for, which need not be
+            met within 1 %.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Task:
     options: PruneOptions
     store: Store
     progress: Progress | None
+    on_the_way: bool = False
 
     @property
     def by_error(self) -> bool:
@@ -230,7 +233,7 @@ def _of_the_cut(
 ) -> tuple[str, ...]:
     """What a reader of the report should know about the cut itself."""
     if not keep:
-        return ("nothing was cut: every group keeps all of its channels",)
+        return (NOTHING,)
     return tuple(
         f"{group.name}: {group.normalised_over}, so what stays changes with what goes; this cut is "
         "not exact and was not verified"
@@ -249,6 +252,7 @@ def _widths(
         return error_widths(
             budget, groups, curves, task.analysis.costs,
             divisor=options.divisor, least=options.least, fixed=task.fixed,
+            exactly=not task.on_the_way,
             late=LATE if options.repair == "full" else 1.0,
             allocator=allocate_dynamic if options.widths == "dynamic" else None,
         )  # fmt: skip

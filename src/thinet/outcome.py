@@ -13,6 +13,8 @@ from thinet.plan import Plan
 from thinet.refine import Refined
 from thinet.types import ChannelGroup
 
+NOTHING = "nothing was cut: every group keeps all of its channels"
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -22,7 +24,8 @@ class GroupReport:
         channels, kept: units before and after.
         locked: why it may not be cut.
         skipped: why it was left whole although it may be cut.
-        error: what the criterion lost, as a fraction of the consumers' output energy, if it knows.
+        error: what the criterion lost, as a fraction of the consumers' output energy, if it knows;
+            added up over the rounds.
     """
 
     name: str
@@ -83,23 +86,37 @@ def joined(first: PruneResult, last: PruneResult, target: float) -> PruneResult:
         if now.budget == "macs"
         else (now.params_after, was.params_before)
     )
-    channels = {group.name: group.channels for group in was.groups}
+    earlier = {group.name: group for group in was.groups}
     report = replace(
         now,
         target=target,
         reached=after / max(before, 1),
         macs_before=was.macs_before,
         params_before=was.params_before,
-        groups=tuple(replace(g, channels=channels.get(g.name, g.channels)) for g in now.groups),
+        groups=tuple(_both(earlier[g.name], g) if g.name in earlier else g for g in now.groups),
         seconds={
             name: round(was.seconds.get(name, 0) + now.seconds.get(name, 0), 3)
             for name in dict.fromkeys((*was.seconds, *now.seconds))
         },
-        notes=tuple(dict.fromkeys((*was.notes, *now.notes))),
+        notes=tuple(dict.fromkeys(_telling(was.notes, now.notes))),
     )
     plan = first.plan.then(last.plan)
     settings = {**last.plan.settings, "budget": {now.budget: target}}
     return PruneResult(last.model, replace(plan, settings=settings), report)
+
+
+def _telling(was: Sequence[str], now: Sequence[str]) -> list[str]:
+    """The notes of both rounds, but for that of one that cut nothing where the other did."""
+    nowhere = NOTHING in was and NOTHING in now
+    return [note for note in (*was, *now) if nowhere or note != NOTHING]
+
+
+def _both(was: GroupReport, now: GroupReport) -> GroupReport:
+    """A group over two rounds; one that the first left with a single channel was not cut again."""
+    errors = [error for error in (was.error, now.error) if error is not None]
+    return replace(
+        now, channels=was.channels, skipped=was.skipped, error=sum(errors) if errors else None
+    )
 
 
 def refitted(result: PruneResult, refined: Refined, seconds: float) -> PruneResult:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from thinet.budget import Budget, units
+from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.rows import Rows
@@ -35,6 +34,11 @@ from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 FEW = 0.4
 """Of the costs: below it, two rounds are better than one (docs/method.md)."""
+
+AT_ONCE = (
+    "{rounds} rounds cannot meet {kind}={fraction:g} with widths as coarse as these, so it was "
+    "reached in one ({reason})"
+)
 
 NOT_REFINED = (
     "producers and consumers were not refitted together: a pass over the calibration images costs "
@@ -75,7 +79,9 @@ def prune(
     Args:
         model: the dense model; it is left as it was.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs.
-        calibration: batches of unlabelled images: tensors, (tensor, target) pairs or dicts.
+        calibration: batches of unlabelled images: tensors, (inputs, target) pairs or dicts of
+            keyword inputs; of a model with several positional inputs also tuples of these, with or
+            without a target at the end.
         budget: the fraction that stays, or what stays of each named group.
         criterion: how channels are chosen, a name of `thinet.criteria`.
         repair: "none", "scale" (the paper: one scalar for each kept channel) or "full" (new weights
@@ -132,6 +138,7 @@ def _pruned(
     options: PruneOptions,
     analysis: Analysis | None,
     progress: Progress | None,
+    on_the_way: bool = False,
 ) -> PruneResult:
     """`prune`, in as many rounds as it takes."""
     store, clock, only = Store(options.memory), Clock(), options.only
@@ -141,46 +148,54 @@ def _pruned(
         only = named_groups(analysis.groups, budget.named, only, options.skip)
     groups = select_groups(analysis.groups, only, options.skip)
     fixed = _fixed(options.fixed, groups, options.by_error(budget))
-    task = Task(model, inputs, analysis, groups, fixed, budget, options, store, progress)
+    task = Task(
+        model, inputs, analysis, groups, fixed, budget, options, store, progress, on_the_way
+    )
     known = known_widths(task)
     device = next(iter(model.parameters()), torch.empty(0)).device
-    pairs = calibration_pairs(calibration, device=device)
+    pairs = calibration_pairs(calibration, device=device, like=inputs)
     images = sum(images_in(batch) for batch, _ in pairs)
     passed = analysis.costs.macs({}) * images / max(images_in(inputs), 1)
-    iterations, dear = _iterations(task, passed)
+    iterations, notes = _iterations(task, passed)
     rounds = options.rounds or 1
     if options.rounds is None and task.by_error and budget.kind != "latency":
         rounds = 2 if iterations and budget.fraction < FEW else 1
     result = None
     if rounds > 1 and task.by_error:
-        with suppress(BudgetError):  # coarse widths may only meet the budget at once
+        try:
             result = _in_rounds(task, rounds, pairs, iterations, clock)
+        except BudgetError as error:
+            told = {"rounds": rounds, "kind": budget.kind, "fraction": budget.fraction}
+            notes = (*notes, AT_ONCE.format(**told, reason=error))
     if result is None:
         clock.lap("groups")
         result = one_round(task, known, pairs, iterations=iterations, clock=clock)
-    return with_notes(result, dear)
+    return with_notes(result, notes)
 
 
 def _in_rounds(task: Task, rounds: int, pairs: Pairs, iterations: int, clock: Clock) -> PruneResult:
     """In equal steps, each chosen and repaired on what the one before left."""
     budget, settings = task.budget, task.options.repair_settings
-    options = replace(task.options, fixed=task.fixed or None, recalibrate=False, sampling="exact")
+    options = replace(task.options, recalibrate=False, sampling="exact")
 
     def step(
         model: nn.Module, fraction: float, rounds: int, settings: RepairSettings,
-        analysis: Analysis | None = None,
+        fixed: Mapping[str, int], analysis: Analysis | None = None,
     ) -> PruneResult:  # fmt: skip
-        part = replace(options, rounds=rounds, repair_settings=settings)
+        part = replace(options, fixed=fixed or None, rounds=rounds, repair_settings=settings)
         to = Budget(**{budget.kind: fraction})
-        return _pruned(model, task.inputs, pairs, to, part, analysis, task.progress)
+        return _pruned(model, task.inputs, pairs, to, part, analysis, task.progress, True)
 
     # What an early round leaves is refitted again: fewer images and iterations do for it.
     roughly = replace(settings, refine=-(-iterations * 3 // 5), every=2 * settings.every)
     between = budget.fraction ** (1 - 1 / rounds)
-    first = step(task.model, between, rounds - 1, roughly, task.analysis)
+    first = step(task.model, between, rounds - 1, roughly, task.fixed, task.analysis)
     rest = min(budget.fraction / first.report.reached, 1.0)
-    last = step(first.model, rest, 1, replace(settings, refine=0))
+    open_still = {name: width for name, width in task.fixed.items() if width > 1}
+    last = step(first.model, rest, 1, replace(settings, refine=0), open_still)
     result = joined(first, last, budget.fraction)
+    if not task.on_the_way:
+        check_reached(budget, {budget.kind: result.report.reached})
     clock.lap("rounds")
     batches = [batch for batch, _ in pairs]
     if iterations:  # towards the dense network, not towards what the first round left

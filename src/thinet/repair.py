@@ -44,7 +44,8 @@ class RepairSettings:
     """How the least squares are set up.
 
     Attributes:
-        ridge: pull towards the old weights, relative to the mean diagonal of the system.
+        ridge: pull towards the old weights, relative to the mean diagonal of the system; up to a
+            thousand times as strong where rows are few (see `thinet.lstsq.FEW`).
         layers: "all" layers behind the first cut, or only the "consumers" of cut channels.
         shortcut: make up for what the shortcut has lost.
         refine: iterations of the joint refit of producers and consumers that follows
@@ -290,6 +291,8 @@ class _Pass:
             dropout=max(self.dropouts.get(use.x.storage, 0.0) for use in together),
             intercept=layer.bias is not None or norm is not None,
             overwrite=True,
+            rows=moments.rows if isinstance(moments, Moments) else None,
+            y_variance=moments.y_variance() if isinstance(moments, Moments) else None,
             name=name,
         )
         tensors[layer.weight] = new.reshape(weight.shape).to(weight)

@@ -6,26 +6,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
 
 from thinet.errors import CalibrationError
 from thinet.types import ExampleInputs, as_call, tensors_in
 
+FORMS = "tensors, (inputs, target) pairs or dicts of keyword inputs"
 
-def calibration_inputs(calibration: Iterable[Any], *, device: torch.device) -> list[ExampleInputs]:
+
+def calibration_inputs(
+    calibration: Iterable[Any], *, device: torch.device, like: ExampleInputs | None = None
+) -> list[ExampleInputs]:
     """The inputs of all batches, on the device; targets are left out.
 
     Args:
-        calibration: batches: tensors, (tensor, target) pairs, or dicts of keyword inputs.
+        calibration: batches: tensors, (inputs, target) pairs, or dicts of keyword inputs.
+        like: example inputs. Where these are several positional ones, a batch that is nested as
+            they are is all inputs, and one with an entry more has its target last.
 
     Raises:
         CalibrationError: there is no batch, no image in one, or a value that is not finite.
     """
-    return [inputs for inputs, _ in calibration_pairs(calibration, device=device)]
+    return [inputs for inputs, _ in calibration_pairs(calibration, device=device, like=like)]
 
 
 def calibration_pairs(
-    calibration: Iterable[Any], *, device: torch.device
+    calibration: Iterable[Any], *, device: torch.device, like: ExampleInputs | None = None
 ) -> list[tuple[ExampleInputs, torch.Tensor | None]]:
     """As `calibration_inputs`, each with its targets, or None where a batch has none."""
     if isinstance(calibration, torch.Tensor):
@@ -38,14 +44,12 @@ def calibration_pairs(
         ) from error
     found: list[tuple[ExampleInputs, torch.Tensor | None]] = []
     for number, batch in enumerate(batches):
-        inputs, target = batch, None
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            inputs, target = batch
+        inputs, target = _parted(batch, like)
         tensors = tensors_in(as_call(inputs))
         if not tensors:
             raise CalibrationError(
                 f"calibration batch {number} is {type(batch).__name__} without a tensor; give "
-                "tensors, (tensor, target) pairs or dicts of keyword inputs"
+                f"{FORMS}"
             )
         for tensor in tensors:
             if tensor.numel() == 0:
@@ -68,6 +72,19 @@ def images_in(inputs: ExampleInputs) -> int:
     """The batch size: the first dimension of the first tensor that has one."""
     shapes = [x.shape for x in tensors_in(as_call(inputs)) if x.ndim]
     return shapes[0][0] if shapes else 1
+
+
+def _parted(batch: Any, like: ExampleInputs | None) -> tuple[Any, Any]:
+    """Inputs and target of a batch, None where it has none."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if isinstance(like, (tuple, list)) and len(like) > 1:
+        form, given = tree_structure(tuple(like)), tuple(batch)
+        if tree_structure(given) == form:
+            return given, None
+        if tree_structure(given[:-1]) == form:
+            return given[:-1], given[-1]
+    return batch if len(batch) == 2 else (batch, None)
 
 
 def _moved(inputs: Any, device: torch.device) -> ExampleInputs:

@@ -30,7 +30,8 @@ def group_statistics(
         if layer is None:
             continue
         units = torch.tensor(site.units)
-        weight = dense_weight(tensors[layer.weight], layer.geometry)
+        # A copy: criteria are anyone's, and may work in place.
+        weight = dense_weight(tensors[layer.weight], layer.geometry).clone()
         if site.op in seen.moments:
             covariance = seen.moments[site.op].covariance()
             centred = gram(covariance, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -134,6 +134,11 @@ class Criterion:
                 "this group has not; choose another criterion or skip the group"
             )
         order = self.choose(stats)
+        if not isinstance(order, Order):
+            raise OptionError(
+                f"criterion {self.name!r} must return a thinet.criteria.Order; for group "
+                f"{stats.name!r} it returned {type(order).__name__} (by_score makes one of scores)"
+            )
         if sorted(order.removed) != list(range(stats.channels)):
             raise OptionError(
                 f"group {stats.name!r}: criterion {self.name!r} must order units "
@@ -146,7 +151,7 @@ _TABLE: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, needs: Collection[Need]
+    name: str, *, needs: Collection[Need] | Need
 ) -> Callable[[Callable[[GroupStatistics], Order]], Criterion]:
     """Add a function `GroupStatistics -> Order` to the table of criteria.
 
@@ -157,7 +162,8 @@ def criterion(
     Raises:
         OptionError: the name is taken, or a need is unknown.
     """
-    unknown = sorted(set(needs) - set(get_args(Need)))
+    wanted: set[Need] = {cast(Need, needs)} if isinstance(needs, str) else set(needs)
+    unknown = sorted(wanted - set(get_args(Need)))
     if unknown:
         raise OptionError(
             f"criterion {name!r} needs unknown statistics {', '.join(unknown)}; "
@@ -167,7 +173,7 @@ def criterion(
         raise OptionError(f"criterion {name!r} exists already; choose another name")
 
     def register(choose: Callable[[GroupStatistics], Order]) -> Criterion:
-        _TABLE[name] = Criterion(name, frozenset(needs), choose)
+        _TABLE[name] = Criterion(name, frozenset(wanted), choose)
         return _TABLE[name]
 
     return register

@@ -82,7 +82,7 @@ class Execution:
             raise CalibrationError(
                 f"{type(self._model).__name__} does not run on a calibration batch "
                 f"({describe(inputs)}): {error.__cause__ or error}; give batches like the example "
-                "inputs: tensors, (tensor, target) pairs or dicts of keyword inputs"
+                "inputs: tensors, (inputs, target) pairs or dicts of keyword inputs"
             ) from error
         return program
 
