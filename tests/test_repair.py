@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import thinet
 from tests.oracle import randomise
+from thinet import lstsq
 from thinet import repair as module
 from thinet.calibrate.collect import collect
 from thinet.calibrate.layers import dropouts, find_layers

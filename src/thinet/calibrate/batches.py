@@ -84,7 +84,7 @@ def _parted(batch: Any, like: ExampleInputs | None) -> tuple[Any, Any]:
             return given, None
         if tree_structure(given[:-1]) == form:
             return given[:-1], given[-1]
-    return batch if len(batch) == 2 else (batch, None)
+    return (batch[0], batch[1]) if len(batch) == 2 else (batch, None)
 
 
 def _moved(inputs: Any, device: torch.device) -> ExampleInputs:

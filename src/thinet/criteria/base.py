@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def criterion(
     Raises:
         OptionError: the name is taken, or a need is unknown.
     """
-    wanted: set[Need] = {cast(Need, needs)} if isinstance(needs, str) else set(needs)
+    wanted: set[Need] = {needs} if isinstance(needs, str) else set(needs)
     unknown = sorted(wanted - set(get_args(Need)))
     if unknown:
         raise OptionError(
