@@ -101,6 +101,14 @@ BY_ERROR = (
         refined=True,
         criterion="block-obs",
     ),
+    ours("ThiNet, by the loss", uniform=False, loss_aware=True),
+    ours(
+        "block-OBS, by the loss, joint refit",
+        uniform=False,
+        refined=True,
+        criterion="block-obs",
+        loss_aware=True,
+    ),
 )
 
 

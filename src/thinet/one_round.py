@@ -12,6 +12,7 @@ from thinet.allocate import LATE, error_widths
 from thinet.budget import Budget, check_reached, uniform_widths
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.collect import Observations, collect
+from thinet.calibrate.curvature import collect_curvature
 from thinet.calibrate.gradients import Gradients, collect_gradients
 from thinet.calibrate.statistics import group_statistics
 from thinet.criteria import get
@@ -110,9 +111,9 @@ def one_round(
     """
     model, options, batches = task.model, task.options, [inputs for inputs, _ in pairs]
     groups = [g for g in task.groups if known is None or known[g.name] < g.channels]
-    seen, gradients = _measured(task, groups, pairs)
+    seen, gradients, roots = _measured(task, groups, pairs)
     clock.lap("measuring")
-    orders, curves, notes = _orders(task, groups, seen, gradients)
+    orders, curves, notes = _orders(task, groups, seen, gradients, roots)
     kept = dict(known) if known is not None else _widths(task, groups, curves)
     keep = {g.name: orders[g.name].keep(kept[g.name]) for g in groups if kept[g.name] < g.channels}
     notes += _of_the_cut(groups, keep)
@@ -153,13 +154,20 @@ def one_round(
 
 def _measured(
     task: Task, groups: Sequence[ChannelGroup], pairs: Pairs
-) -> tuple[Observations, Gradients]:
+) -> tuple[Observations, Gradients, dict[int, Tensor] | None]:
     """What the criterion, the error curves and the repair ask for, of the dense network."""
     options = task.options
     needs: Collection[str] = options.chosen_by.needs
     if task.by_error:
         needs = {*needs, "hessians"}
     mixed = not {"gram", "hessians", "zeros"}.isdisjoint(needs) or options.repair == "scale"
+    roots = None
+    if options.loss_aware:
+        roots = collect_curvature(
+            task.model, pairs, program=task.analysis.program,
+            wanted=[site.op for group in groups for site in group.sites],
+            seed=options.seed, progress=task.progress,
+        )  # fmt: skip
     seen = collect(
         task.model,
         [inputs for inputs, _ in pairs],
@@ -171,20 +179,25 @@ def _measured(
         rows=options.rows,
         seed=options.seed,
         store=task.store,
+        roots=roots,
         progress=task.progress,
     )
     if {"taylor", "taylor_fo"}.isdisjoint(needs):
-        return seen, Gradients()
-    return seen, collect_gradients(task.model, pairs, groups)
+        return seen, Gradients(), roots
+    return seen, collect_gradients(task.model, pairs, groups), roots
 
 
 def _orders(
-    task: Task, groups: Sequence[ChannelGroup], seen: Observations, gradients: Gradients
+    task: Task,
+    groups: Sequence[ChannelGroup],
+    seen: Observations,
+    gradients: Gradients,
+    roots: Mapping[int, Tensor] | None,
 ) -> tuple[dict[str, Order], dict[str, Sequence[float]], tuple[str, ...]]:
     """The order in which each group's units go, and the error at each width if it is wanted.
 
     By weight sum where the consumers could not be measured. Errors are those of a full refit, in
-    units of the signal that goes on.
+    units of the signal that goes on, or with `roots` of the loss.
 
     Raises:
         CalibrationError: the criterion can judge none of the groups.
@@ -195,7 +208,7 @@ def _orders(
     unmeasured: dict[str, str] = {}
     for group in groups:
         stats = replace(
-            group_statistics(task.model, group, seen, seed=task.options.seed),
+            group_statistics(task.model, group, seen, roots=roots, seed=task.options.seed),
             taylor=gradients.taylor.get(group.name),
             taylor_fo=gradients.taylor_fo.get(group.name),
         )
@@ -274,6 +287,7 @@ def _settings(task: Task) -> dict[str, Any]:
         "recalibrate": options.recalibrate,
         "normalised": options.normalised,
         "choices": dict(options.choices or {}),
+        "loss_aware": options.loss_aware,
         "seed": options.seed,
     }
 

@@ -24,8 +24,8 @@ class GroupReport:
         channels, kept: units before and after.
         locked: why it may not be cut.
         skipped: why it was left whole although it may be cut.
-        error: what the criterion lost, as a fraction of the consumers' output energy, if it knows;
-            added up over the rounds.
+        error: what the criterion lost, as a fraction of the consumers' output energy (in
+            nats where choosing is loss-aware), if it knows; added up over the rounds.
     """
 
     name: str

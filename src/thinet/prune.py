@@ -69,6 +69,7 @@ def prune(
     memory: float | None = None,
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
+    loss_aware: bool = False,
     analysis: Analysis | None = None,
     verify: bool = True,
     seed: int = 0,
@@ -106,6 +107,10 @@ def prune(
             where it lies; what does not fit waits in a temporary file (in TMPDIR), and the result
             is the same. None for 2, or as much more as the work cannot do without.
         normalised, choices: which groups there are, as for `find_groups`.
+        loss_aware: channels and widths are chosen by what their loss costs the network's loss, to
+            second order, and not by how much of the next layer's output it is: outputs are weighed
+            by gradients, of the cross-entropy with the targets of the calibration or, without
+            any, with labels drawn from the model's own answers (`thinet.calibrate.curvature`).
         analysis: what `thinet.trace.analyse.analyse` found with these, where several prunes of one
             model share it.
         verify: see that the cut, before the repair, computes what the silenced original computes.
@@ -123,7 +128,7 @@ def prune(
         criterion=criterion, repair=repair, only=only, skip=skip, recalibrate=recalibrate,
         sampling=sampling, widths=widths, divisor=divisor, least=least, fixed=fixed, rounds=rounds,
         rows=rows, repair_settings=repair_settings or RepairSettings(), memory=memory,
-        normalised=normalised, choices=choices, verify=verify, seed=seed,
+        normalised=normalised, choices=choices, loss_aware=loss_aware, verify=verify, seed=seed,
     )  # fmt: skip
     check_network(model)
     check_budget(budget, options)

@@ -45,6 +45,7 @@ class PruneOptions:
     memory: float | None = None
     normalised: bool = False
     choices: Mapping[str, str] | None = None
+    loss_aware: bool = False
     verify: bool = True
     seed: int = 0
 
@@ -56,6 +57,8 @@ class PruneOptions:
                 raise OptionError(
                     f"unknown {name} {value!r}; choose one of {', '.join(get_args(kind))}"
                 )
+        if self.loss_aware and self.sampling == "paper":
+            raise OptionError("loss_aware weighs all outputs; leave out sampling='paper'")
         if (
             not isinstance(self.seed, int)
             or isinstance(self.seed, bool)

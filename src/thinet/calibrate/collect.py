@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
+from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import gram_rows, unit_sums
 from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
 from thinet.calibrate.moments import Moments, sum_bytes
@@ -64,6 +65,7 @@ class Collector:
         halved: whether they are kept in half precision.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
+        roots: what an output's error costs the loss, where that is asked for (`curvature`).
         again: whether another pass has seen all but the moments of `measured`.
         measured: the consumers whose moments are taken in this pass.
     """
@@ -80,6 +82,7 @@ class Collector:
     rows: Rows
     seed: int
     store: Store | None = None
+    roots: Mapping[int, Tensor] | None = None
     again: bool = False
     measured: Collection[int] = ()
     share: float = 1.0
@@ -188,8 +191,9 @@ class Collector:
         count: int,
     ) -> Tensor:
         """(units, units), the mean over the rows of this batch, without second moments."""
-        dense = dense_weight(weight, layer.geometry)
         key = self.key[layer.op]
+        dense = dense_weight(weight, layer.geometry)
+        dense = dense if self.roots is None else weighed(dense, self.roots[key])
         generator = torch.Generator().manual_seed(self.seed + key * 7919 + self.batch)
         if self.sampling == "paper":
             rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
@@ -212,6 +216,7 @@ def collect(
     rows: Rows | None = None,
     seed: int = 0,
     store: Store | None = None,
+    roots: Mapping[int, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Observations:
     """Run the dense network over the batches and keep only sums and sampled targets.
@@ -228,6 +233,7 @@ def collect(
             each image, ThiNet section 3.2.1).
         rows: how many positions are sampled in each layer.
         store: where targets and moments rest, and what bounds them.
+        roots: of `collect_curvature`, for grams that are made on the way.
 
     Raises:
         CalibrationError: activations that are not finite (names the layer), or batches that do
@@ -267,6 +273,7 @@ def collect(
         rows=rows,
         seed=seed,
         store=store,
+        roots=roots,
     )
     images = sum(images_in(batch) for batch in batches)
     for turn, measured in enumerate(passes):

@@ -68,7 +68,7 @@ def collect_gradients(
             seen.clear()
             replica.zero_grad(set_to_none=True)
             with torch.enable_grad(), preserved_rng(), evaluating(replica):
-                _loss(call(replica, inputs), targets).backward()
+                loss_of(call(replica, inputs), targets).backward()
             for group in groups:
                 _add_maps(found, group, seen, images)
                 _add_weights(found, group, named, len(batches))
@@ -81,15 +81,24 @@ def collect_gradients(
     return found
 
 
-def _loss(output: Any, targets: Tensor | None) -> Tensor:
-    """Cross-entropy summed over images."""
+def loss_of(
+    output: Any, targets: Tensor | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Cross-entropy summed over images.
+
+    Args:
+        targets: None for the model's own answers: the likeliest, or drawn with a generator.
+
+    Raises:
+        CalibrationError: there are no logits, or the targets do not fit them.
+    """
     logits = next((x for x in tree_flatten(plain(output))[0] if isinstance(x, Tensor)), None)
     if logits is None or logits.ndim != 2:
         raise CalibrationError(
             "criteria from gradients need a model that returns logits of shape (images, classes); "
             f"it returned {'no tensor' if logits is None else tuple(logits.shape)}"
         )
-    labels = logits.argmax(1) if targets is None else targets
+    labels = _answers(logits.detach(), generator) if targets is None else targets
     try:
         return functional.cross_entropy(logits, labels, reduction="sum")
     except (RuntimeError, ValueError, IndexError) as error:
@@ -97,6 +106,15 @@ def _loss(output: Any, targets: Tensor | None) -> Tensor:
             f"targets of shape {tuple(labels.shape)} ({labels.dtype}) do not fit logits of shape "
             f"{tuple(logits.shape)}: {error}; give one class index for each image, or none"
         ) from error
+
+
+def _answers(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return logits.argmax(1)
+    likely = logits.float().softmax(1).cpu()
+    if not bool(torch.isfinite(likely).all()):
+        raise CalibrationError("the model's answers on the calibration data are not finite")
+    return torch.multinomial(likely, 1, generator=generator)[:, 0].to(logits.device)
 
 
 def _add_maps(

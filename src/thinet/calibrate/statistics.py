@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from thinet.calibrate.collect import Observations
+from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import fold_units, gram
 from thinet.calibrate.layers import output_gains
 from thinet.calibrate.patches import dense_weight
@@ -16,11 +17,24 @@ from thinet.criteria.base import Consumer, GroupStatistics
 from thinet.surgery.apply import named_tensors
 from thinet.types import ChannelGroup, Site
 
+NATS = 2.0
+"""What errors in the measure of the loss are divided by; to second order they are twice nats."""
+
 
 def group_statistics(
-    model: nn.Module, group: ChannelGroup, seen: Observations, *, seed: int = 0
+    model: nn.Module,
+    group: ChannelGroup,
+    seen: Observations,
+    *,
+    roots: Mapping[int, Tensor] | None = None,
+    seed: int = 0,
 ) -> GroupStatistics:
-    """All that was observed about a group; what was not is missing."""
+    """All that was observed about a group; what was not is missing.
+
+    Args:
+        roots: of `collect_curvature`: errors are then those of the loss, in nats, and not
+            fractions of an output's energy.
+    """
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
     consumers: list[Consumer] = []
     total: Tensor | None = None
@@ -32,19 +46,21 @@ def group_statistics(
         units = torch.tensor(site.units)
         # A copy: criteria are anyone's, and may work in place.
         weight = dense_weight(tensors[layer.weight], layer.geometry).clone()
+        if roots is not None:
+            weight = weighed(weight, roots[site.op])
         if site.op in seen.moments:
             covariance = seen.moments[site.op].covariance()
             centred = gram(covariance, weight)
-            energy = float(centred.sum())
+            energy = float(centred.sum()) if roots is None else NATS
             gains, signal = None, energy
-            if site.op in seen.signals:
+            if site.op in seen.signals and roots is None:
                 gains = output_gains(layer.norm, len(weight), tensors)
                 signal = float(seen.signals[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, covariance, signal, gains))
             part = _about_zero(centred, weight, seen.moments[site.op].mean)
             part = fold_units(part, units, group.channels)
         elif site.op in seen.outputs:
-            energy = float(seen.outputs[site.op].y_variance().sum())
+            energy = float(seen.outputs[site.op].y_variance().sum()) if roots is None else NATS
             consumers.append(Consumer(weight, units, None, energy))
             part = seen.grams.get((site.op, group.name))
         else:

@@ -95,7 +95,8 @@ class Order:
     Attributes:
         removed: all units, each once; the last one is the last to stay.
         errors: None, or `channels + 1` non-decreasing numbers: `errors[r]` is what the criterion
-            loses when the first r units are gone, as a fraction of the consumers' output energy.
+            loses when the first r units are gone, as a fraction of the consumers' output energy
+            (in nats where choosing is loss-aware).
     """
 
     removed: tuple[int, ...]
