@@ -352,10 +352,16 @@ def check_inputs(inputs: ExampleInputs) -> None:
             "a model cannot be traced inside torch.autocast(), which changes the precision of what "
             "is measured; leave that block (autocast inside the model's own forward is fine)"
         )
-    if not tensors_in(as_call(inputs)):
+    tensors = tensors_in(as_call(inputs))
+    if not tensors:
         raise TraceError(
             f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "
             "of positional inputs or a dict of keyword inputs"
+        )
+    data = [x for x in tensors if x.ndim]
+    if data and not any(x.numel() for x in data):
+        raise TraceError(
+            f"example_inputs holds no entry ({describe(inputs)}); give a batch of one image or more"
         )
 
 
