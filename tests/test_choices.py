@@ -95,6 +95,32 @@ def test_a_choice_that_is_not_there_is_refused(given: dict[str, str], text: str)
         thinet.prune(model, x, [x], budget=thinet.Budget(keep=0.5), choices=given)
 
 
+class SplitNet(nn.Module):
+    """Two halves by sizes that are equal, the second of which goes on, as in YOLO's blocks."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.stem, self.enter = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 16, 1)
+        self.inner = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(inner))
+        self.leave, self.width = nn.Conv2d(16 + 8 * inner, 4, 1), 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.enter(self.stem(x).relu()).split((self.width, self.width), 1))
+        for conv in self.inner:
+            parts.append(conv(parts[-1]).relu())
+        return self.leave(torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("inner", [1, 2, 4])
+def test_another_choice_is_tried_where_it_spares_more(inner: int) -> None:
+    """Also where each operation that the refused groups touch is made cheaper by another."""
+    model, x = randomise(SplitNet(inner)).eval().double(), as_double(images(2))
+    groups = thinet.find_groups(model, x)
+    free = {g.name: g.channels for g in groups if g.locked is None}
+    assert free == {"stem": 6, "enter": 8, **{f"inner.{n}": 8 for n in range(inner)}}
+    check(model, x, groups, {"enter": [0, 5], "inner.0": [2]}, thinet.cut)
+
+
 def test_a_model_without_choices_says_so() -> None:
     with pytest.raises(OptionError, match="it leaves nothing to choose"):
         thinet.find_groups(net(PlainVGG), images(1), choices={KEY: "within"})

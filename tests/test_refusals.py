@@ -69,6 +69,35 @@ def test_a_cut_that_cannot_be_compared_is_not_called_verified(where: str) -> Non
     assert small[0].out_channels == 2
 
 
+class Scaled(nn.Module):
+    """Two inputs, one of which may be without axes or entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.net(x) * scale.sum()
+
+
+def test_an_empty_example_batch_is_refused() -> None:
+    normed = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+    for model, x in ((normed, X[:0]), (normed, X[..., :0]), (Scaled(), (X[:0], torch.ones(())))):
+        runs: tuple[Callable[[], Any], ...] = (
+            lambda model=model, x=x: thinet.find_groups(model, x),
+            lambda model=model, x=x: thinet.cut(model, x, {"0": [0]}),
+            lambda model=model, x=x: thinet.prune(model, x, [X], budget=thinet.Budget(keep=0.5)),
+            lambda model=model, x=x: thinet.count(model, x),
+        )
+        for run in runs:
+            with pytest.raises(
+                TraceError, match=r"holds no entry \(shapes \([04], 3, 8, .*a batch"
+            ):
+                run()
+    assert thinet.find_groups(normed, X[:1])[0].locked is None
+    assert thinet.find_groups(Scaled(), (X, torch.ones(0)))[0].locked is None
+
+
 def test_one_bad_image_leaves_the_others_to_compare() -> None:
     x = X.clone()
     x[0] = torch.nan

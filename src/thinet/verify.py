@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.errors import CalibrationError, VerificationError
 from thinet.observe import evaluating, module_calls, preserved_rng
@@ -46,15 +46,9 @@ def verify_cut(
         return
     silent = silenced(model, analysis, keep)
     expected = _run(silent, inputs)[0]
-    told = _tells(expected)
-    if not told and not _tells(_run(copied(model), inputs)[0]):
-        raise VerificationError(
-            "the cut could not be verified: on the example inputs the model gives no finite number "
-            "to compare; nothing was returned. Give example inputs that are finite and look like "
-            "data, check the weights for NaN, or pass verify=False"
-        )
-    gap = _gap(expected, small, inputs)
-    if told and gap <= TOLERANCE:
+    if not _tells(expected) and not _tells(_run(model, inputs)[0]):
+        raise VerificationError(UNTOLD)
+    if _gap(expected, small, inputs) <= TOLERANCE:
         return
     silent, exact_small = silent.double(), copied(small).double()
     wide = tree_map(
@@ -62,8 +56,9 @@ def verify_cut(
         as_call(inputs),
     )
     wide_inputs: ExampleInputs = wide[0] if not wide[1] else wide[1]
-    gap = _gap(_run(silent, wide_inputs)[0], exact_small, wide_inputs)
-    if told and gap <= TOLERANCE * 1e-2:
+    expected = _run(silent, wide_inputs)[0]
+    gap = _gap(expected, exact_small, wide_inputs)
+    if gap <= TOLERANCE * 1e-2:
         return
     # A weight that is computed from several parameters is not silenced by zeros in one of them.
     try:
@@ -73,12 +68,21 @@ def verify_cut(
     else:
         if _gap(expected, exact_small, wide_inputs) <= TOLERANCE * 1e-2:
             return
+    if not _tells(expected):
+        raise VerificationError(UNTOLD)
     where = _first_different(silent, exact_small, wide_inputs, analysis, keep)
     raise VerificationError(
         f"the cut model differs from the silenced original by {gap:.2g} of the largest output, "
         f"first in {where}; nothing was returned. Leave out the groups that touch this module, "
         "and please report the model"
     )
+
+
+UNTOLD = (
+    "the cut could not be verified: on the example inputs the model gives no finite number to "
+    "compare; nothing was returned. Give example inputs that are finite and look like data (in "
+    "which a detector finds something), check the weights for NaN, or pass verify=False"
+)
 
 
 def silenced(model: nn.Module, analysis: Analysis, keep: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -105,8 +109,13 @@ def silenced(model: nn.Module, analysis: Analysis, keep: Mapping[str, Sequence[i
 
 
 def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, Any]]]:
+    """What the model returns, and what each of its modules does.
+
+    Run is a copy: a forward may count, average or keep what it sees.
+    """
     args, kwargs = as_call(inputs)
     cloned = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    model = copied(model)
     with (
         torch.no_grad(),
         preserved_rng(),
@@ -120,14 +129,33 @@ def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, 
     return output, calls
 
 
+def _numbers(outputs: Any) -> list[torch.Tensor]:
+    """All numbers in what a model returns, in order: its tensors, arrays and bare numbers."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_flatten(plain(outputs))[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf)
+        elif isinstance(leaf, (int, float, complex, np.ndarray, np.generic)):
+            array = np.ascontiguousarray(leaf)
+            if array.dtype.kind in NUMERIC:
+                found += _numbers(torch.tensor(array))
+    return found
+
+
+NUMERIC = "biufc"
+"""Kinds of numpy's numbers."""
+
+
 def _tells(outputs: Any) -> bool:
     """Whether there is a number in them to compare; what is not floating point always is one."""
-    tensors = [x for x in tensors_in(plain(outputs)) if x.numel()]
-    return not tensors or any(bool(x.isfinite().any()) for x in tensors)
+    return any(bool(x.isfinite().any()) for x in _numbers(outputs))
 
 
 def _gap(expected: Any, small: nn.Module, inputs: ExampleInputs) -> float:
-    """The largest difference of any output, relative to that output's largest entry."""
+    """The largest difference of any output, relative to that output's largest entry.
+
+    Infinite where the outputs are of other shapes, or hold nothing to compare.
+    """
     try:
         found, _ = _run(small, inputs)
     except Exception as error:
@@ -135,10 +163,11 @@ def _gap(expected: Any, small: nn.Module, inputs: ExampleInputs) -> float:
             f"the cut model does not run on the example inputs: {error}; nothing was returned. "
             "Please report the model"
         ) from error
+    ours, theirs = _numbers(expected), _numbers(found)
+    if [x.shape for x in ours] != [x.shape for x in theirs] or not _tells(expected):
+        return float("inf")
     worst = 0.0
-    for a, b in zip(tensors_in(plain(expected)), tensors_in(plain(found)), strict=True):
-        if a.shape != b.shape:
-            return float("inf")
+    for a, b in zip(ours, theirs, strict=True):
         if a.numel() and a.is_floating_point():
             a, b = a.double(), b.double()
             same = (a == b) | (a.isnan() & b.isnan())

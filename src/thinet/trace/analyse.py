@@ -71,12 +71,12 @@ def analyse(
         best = _checked(program, trained, trainable, given, normalised, pristine, call)
         assert best is not None
         other = {key: OTHER[best.made[key]] for key in best.doubtful if key not in given}
-        if other and best.free_macs < ENOUGH * best.all_macs:
+        if other and best.spared < ENOUGH * best.hoped:
             again = _checked(
                 program, trained, trainable, given | other, normalised, pristine, call,
-                least=best.free_macs,
+                least=best.spared,
             )  # fmt: skip
-            best = max(best, again or best, key=lambda found: found.free_macs)
+            best = max(best, again or best, key=lambda found: found.spared)
     training = best.analysis.training
     check_choices(given, {**best.made, **(training.made if training else {})})
     return best.analysis
@@ -94,10 +94,12 @@ def _check_bare(model: nn.Module) -> None:
 class _Checked:
     """An analysis whose groups were seen to follow a cut.
 
-    `doubtful` are the choices made in modules where some group did not.
+    `hoped` is what was to be spared before they were tried. `doubtful` are the choices made in
+    modules where some group did not follow.
     """
 
     analysis: Analysis
+    hoped: float
     doubtful: tuple[str, ...]
 
     @property
@@ -105,25 +107,22 @@ class _Checked:
         return self.analysis.labeller.made
 
     @property
-    def free_macs(self) -> float:
-        return _free_macs(self.analysis)
-
-    @property
-    def all_macs(self) -> float:
-        return self.analysis.costs.macs({})
+    def spared(self) -> float:
+        return _spared(self.analysis)
 
 
-def _free_macs(analysis: Analysis, refused: Collection[str] = ()) -> float:
-    """Multiply-adds of operations that some group, not of those refused, can make cheaper."""
-    return sum(
-        term.at({}, analysis.costs.full)
-        for term in analysis.costs.macs_terms
-        if any(name not in refused for size in term.sizes for name, _ in size.per_unit)
-    )
+def _spared(analysis: Analysis, refused: Collection[str] = ()) -> float:
+    """Multiply-adds that go when each group that may be cut, but those refused, is halved.
+
+    Halved and not only touched: an operation between two groups may become cheaper by both.
+    """
+    full = analysis.costs.full
+    halves = {**full, **{name: n / 2 for name, n in full.items() if name not in refused}}
+    return sum(term.at({}, full) - term.at(halves, full) for term in analysis.costs.macs_terms)
 
 
 ENOUGH = 0.95
-"""Share of the multiply-adds in groups from which on other choices are not worth a second look."""
+"""Share of what was hoped for from which on other choices are not worth a second look."""
 
 
 def _checked(
@@ -136,7 +135,7 @@ def _checked(
     call: Call,
     least: float = -1,
 ) -> _Checked | None:
-    """None where not more than the `least` multiply-adds are in groups that follow."""
+    """None where groups that follow spare not more than the `least` multiply-adds."""
     walk = Labeller(program, Classes(), RULES, choices=dict(choices)).run()
     training = None
     if trained is not None:
@@ -145,11 +144,12 @@ def _checked(
             trained, walk.classes, RULES, choices=dict(choices) | walk.made, seeds=seeds
         ).run()
     analysis = build(walk, trainable, training=training, normalised=normalised)
+    hoped = _spared(analysis)
     refused: list[tuple[Vector, str]] = []
     modules: set[str] = set()
     checked = check(
         analysis, pristine, call,
-        worth=lambda refused: _free_macs(analysis, refused) > least,
+        worth=lambda refused: _spared(analysis, refused) > least,
     )  # fmt: skip
     if checked is None:
         return None
@@ -167,7 +167,7 @@ def _checked(
             followed=analysis.followed,
         )
     doubtful = tuple(key for key in walk.made if key.rpartition(":")[0] in modules)
-    return _Checked(analysis, doubtful)
+    return _Checked(analysis, hoped, doubtful)
 
 
 def _training(model: nn.Module, inputs: ExampleInputs, program: Program) -> Program | None:

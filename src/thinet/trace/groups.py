@@ -37,7 +37,7 @@ class Size:
     fixed: int
     per_unit: tuple[tuple[str, float], ...]
 
-    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> float:
+    def at(self, widths: Mapping[str, float], full: Mapping[str, int]) -> float:
         return self.fixed + sum(n * widths.get(name, full[name]) for name, n in self.per_unit)
 
 
@@ -49,7 +49,7 @@ class CostTerm:
     times: int
     sizes: tuple[Size, ...]
 
-    def at(self, widths: Mapping[str, int], full: Mapping[str, int]) -> float:
+    def at(self, widths: Mapping[str, float], full: Mapping[str, int]) -> float:
         return self.times * prod(size.at(widths, full) for size in self.sizes)
 
 

@@ -165,9 +165,14 @@ class Labeller:
         self.begin()
         for op in self.program.ops:
             self.step(op)
-        for value in values_of(self.program.outputs):
+        outputs = {value.id for value in values_of(self.program.outputs)}
+        for value in self.program.leaving:
             self.axes.setdefault(value.id, (FIXED,) * len(value.shape))  # made by no operation
-            self.lock_all(value, "it is an output of the model")
+            taken = "the forward code takes its numbers out, as an array or a list"
+            self.lock_all(value, "it is an output of the model" if value.id in outputs else taken)
+        if self.program.unseen is not None:
+            for value in self.program.parameters.values():
+                self.lock_all(value, self.program.unseen)
         return self
 
     def begin(self) -> None:
@@ -337,7 +342,7 @@ class Labeller:
     @cached_property
     def unread(self) -> frozenset[int]:
         """Operations whose results reach no output, and that write nothing in place."""
-        needed = {value.id for value in values_of(self.program.outputs)}
+        needed = {value.id for value in self.program.leaving}
         found: set[int] = set()
         for op in reversed(self.program.ops):
             made = {value.id for value in op.outputs()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten
 
@@ -100,6 +101,7 @@ class Program:
     Attributes:
         inputs: the example inputs' arguments, tensors replaced by values (args, kwargs).
         outputs: what the model returned, tensors replaced by values.
+        taken: values whose numbers the forward code takes out as an array or a list.
         parameters: by its id, the value of each parameter and buffer.
         names: by value id, the first dotted name of each.
         constants: value id to a tensor that is none of these (made in the model's constructor).
@@ -121,6 +123,31 @@ class Program:
     training: bool = False
     decisions: tuple[Decision, ...] = field(default=(), repr=False)
     loops: Mapping[int, Loop] = field(default_factory=dict, repr=False)
+    taken: tuple[Value, ...] = ()
+
+    @property
+    def leaving(self) -> list[Value]:
+        """The values that others than operations see: outputs, and those taken out as numbers."""
+        return [*values_of(self.outputs), *self.taken]
+
+    @cached_property
+    def unseen(self) -> str | None:
+        """Why some outputs may not be among the values, if so."""
+        leaves = tree_flatten(self.outputs)[0]
+        for leaf in leaves:
+            of_objects = isinstance(leaf, np.ndarray) and leaf.dtype.hasobject
+            if of_objects or not isinstance(leaf, (Value, *BARE)):
+                return (
+                    f"the model returns an object of class {type(leaf).__name__}, into which "
+                    "tracing cannot look; return tensors in tuples, lists, dicts or plain objects"
+                )
+        arrays = self.taken and any(isinstance(leaf, np.ndarray) for leaf in leaves)
+        if not arrays and not values_of(self.outputs):
+            return (
+                "the model returns no tensor on the example inputs, so tracing cannot see what "
+                "must stay; return its outputs as tensors"
+            )
+        return None
 
     @cached_property
     def by_module(self) -> Mapping[str, Sequence[Op]]:
@@ -142,12 +169,50 @@ def values_of(tree: Any) -> list[Value]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Value)]
 
 
-def plain(tree: Any) -> Any:
-    """Outputs as tuples, lists and dicts, whatever classes the model wraps them in."""
+BARE = (
+    *(int, float, complex, str, bytes, type(None), type, np.generic, np.ndarray),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""What outputs may hold beside tensors; arrays are made of what is taken out of them."""
+
+
+def plain(tree: Any, _seen: dict[int, Any] | None = None) -> Any:
+    """Outputs as tuples and dicts, whatever classes the model wraps them in.
+
+    Objects become dicts of their attributes; those met before become None.
+    """
+    seen = {} if _seen is None else _seen
     if isinstance(tree, Mapping):
-        return {key: plain(value) for key, value in tree.items()}
+        more = {k: v for k, v in _attributes(tree).items() if tree.get(k) is not v}
+        both = [*tree.items(), *((f".{name}", value) for name, value in more.items())]
+        return {key: plain(value, seen) for key, value in both}
     if isinstance(tree, (tuple, list)):
-        return tuple(plain(value) for value in tree)
-    if hasattr(tree, "__dataclass_fields__"):
-        return {key: plain(getattr(tree, key)) for key in tree.__dataclass_fields__}
-    return tree
+        return tuple(plain(value, seen) for value in (*tree, *_attributes(tree).values()))
+    if isinstance(tree, (torch.Tensor, Value, *BARE)) or not _is_open(type(tree)):
+        return tree
+    if id(tree) in seen:
+        return None
+    seen[id(tree)] = tree  # so that its id stays its own
+    return {name: plain(value, seen) for name, value in _attributes(tree).items()}
+
+
+def _attributes(thing: object) -> dict[str, Any]:
+    """What an object holds in its `__dict__` and its slots."""
+    state: Any = object.__getstate__(thing)
+    both = state if isinstance(state, tuple) else (state,)
+    return {name: value for part in both if part for name, value in part.items()}
+
+
+def _is_open(kind: type) -> bool:
+    """Whether objects of this class hold nothing but attributes, as no iterator or function does.
+
+    Their size tells, as it tells `copy.copy`: a word for each slot, and where they lie in the
+    object itself, one for all other attributes and one for weak references.
+    """
+    words = (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    for base in kind.__mro__:
+        named = vars(base).get("__slots__", ())
+        slots = (named,) if isinstance(named, str) else tuple(named)
+        words += sum(not name.endswith("__") for name in slots)
+    most = object.__basicsize__ + words * tuple.__itemsize__
+    return kind.__basicsize__ <= most and not kind.__itemsize__

@@ -66,7 +66,8 @@ class EnoughError(BaseException):
 
 
 class _Functions(TorchFunctionMode):
-    """Tells a recorder what no operation shows: numbers put into tensors, PyTorch's own loops."""
+    """Tells a recorder what no operation shows: numbers put into tensors and taken out of them,
+    PyTorch's own loops."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -75,6 +76,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_loop(func, args):
             return self.recorder.loop(func, args)
+        if func in TAKING:
+            self.recorder.take(args[0])
         result = func(*args, **(kwargs or {}))
         if func in HIDING and isinstance(result, torch.Tensor) and result.numel() <= FEW:
             leaves = tree_flatten((args, kwargs))[0]
@@ -85,6 +88,10 @@ class _Functions(TorchFunctionMode):
 
 
 HIDING = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor))
+TAKING = frozenset(
+    getattr(torch.Tensor, name) for name in ("numpy", "tolist", "__array__", "__dlpack__")
+)
+"""How numbers leave a tensor without an operation."""
 FEW = 1024
 """Elements of a tensor that might hold sizes."""
 
@@ -118,6 +125,7 @@ class _Recorder(TorchDispatchMode):
         self.alive: list[tuple[torch.Tensor, Value]] = []
         self.hidden: dict[int, tuple[torch.Tensor, tuple[complex, ...]]] = {}
         self.loops: dict[int, Loop] = {}
+        self.taken: list[Value] = []
         self.running = False
         self.silent = False
 
@@ -188,6 +196,11 @@ class _Recorder(TorchDispatchMode):
                 self.watch.step(op)
         return result
 
+    def take(self, tensor: torch.Tensor) -> None:
+        """The forward code takes out its numbers."""
+        with torch._C.DisableTorchFunction():
+            self.taken.append(self.value(tensor))
+
     def loop(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Run one of PyTorch's own loops; of one that a watch knows, a single step."""
         with torch._C.DisableTorchFunction():
@@ -242,6 +255,7 @@ class _Recorder(TorchDispatchMode):
             on_meta=self.on_meta,
             training=self.training,
             loops=self.loops,
+            taken=tuple(self.taken),
         )
 
 
@@ -338,10 +352,16 @@ def check_inputs(inputs: ExampleInputs) -> None:
             "a model cannot be traced inside torch.autocast(), which changes the precision of what "
             "is measured; leave that block (autocast inside the model's own forward is fine)"
         )
-    if not tensors_in(as_call(inputs)):
+    tensors = tensors_in(as_call(inputs))
+    if not tensors:
         raise TraceError(
             f"example_inputs holds no tensor (got {type(inputs).__name__}); give a tensor, a tuple "
             "of positional inputs or a dict of keyword inputs"
+        )
+    data = [x for x in tensors if x.ndim]
+    if data and not any(x.numel() for x in data):
+        raise TraceError(
+            f"example_inputs holds no entry ({describe(inputs)}); give a batch of one image or more"
         )
 
 
