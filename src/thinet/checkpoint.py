@@ -15,7 +15,7 @@ from torch import nn
 
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
-from thinet.surgery.apply import apply_plan, named_tensors
+from thinet.surgery.apply import allocate, apply_plan, named_tensors
 from thinet.trace.replica import copied
 
 KEY = "thinet_plan"
@@ -40,9 +40,15 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         raise CheckpointError(
             f"save needs the plan that made the model, such as result.plan; got {plan!r}"
         )
+    if not isinstance(model, nn.Module):
+        advice = "give result.model" if hasattr(model, "model") else "give the cut model"
+        raise CheckpointError(
+            f"save needs the model, a module; got {type(model).__name__}: {advice}"
+        )
     tensors = {name: _whole(tensor) for name, tensor in named_tensors(model)}
     for piece in plan.kept:
-        size = tensors[piece.parameter].shape[piece.dim] if piece.parameter in tensors else None
+        shape = tensors[piece.parameter].shape if piece.parameter in tensors else ()
+        size = shape[piece.dim] if 0 <= piece.dim < len(shape) else None
         if size != len(piece.indices):
             raise CheckpointError(
                 f"the plan keeps {len(piece.indices)} entries of {piece.parameter} along dimension "
@@ -94,8 +100,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     plan, tensors = read(path)
     small = copied(dense_model)
     apply_plan(small, plan)
-    if any(tensor.is_meta for _, tensor in named_tensors(small)):
-        small.to_empty(device="cpu")
+    allocate(small)
     named = dict(named_tensors(small))
     missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or extra:
@@ -111,6 +116,12 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
             f"{tuple(tensors[name].shape)} in the file and {tuple(named[name].shape)} in the cut "
             f"model ({len(wrong)} such tensors); give the dense model it was made of"
         )
+    for name, tensor in named.items():
+        if isinstance(tensor, nn.Parameter) and _kind(tensor) != _kind(tensors[name]):
+            raise CheckpointError(
+                f"{path} holds {name} as {tensors[name].dtype}, the model has it as "
+                f"{tensor.dtype}; the file is damaged, or of another model"
+            )
     with torch.no_grad():
         for name, tensor in named.items():
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -134,6 +145,11 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach().contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """What a change of precision leaves as it is."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _written(plan: Plan) -> str:
