@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from thinet.errors import CheckpointError
 from thinet.plan import Plan
 from thinet.surgery.apply import allocate, apply_plan, named_tensors
 from thinet.trace.replica import copied
+from thinet.whole_file import whole_file
 
 KEY = "thinet_plan"
 """Name of the metadata entry that holds the plan as JSON."""
@@ -61,22 +61,18 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
             f"{', '.join(extra)} of the model is state that is no tensor, which a safetensors file "
             "cannot hold; remove get_extra_state from these modules"
         )
-    folder = target.parent
+    begun = False
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write into the folder {folder} ({error.strerror}); make it, or choose another"
-        ) from error
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
+        with whole_file(target) as unfinished:
+            begun = True
+            save_file(tensors, unfinished, metadata=metadata)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and not begun:
+            raise CheckpointError(
+                f"cannot write into the folder {target.parent} ({error.strerror}); make it, or "
+                "choose another"
+            ) from error
         raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 

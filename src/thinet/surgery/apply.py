@@ -94,6 +94,8 @@ def allocate(model: nn.Module) -> None:
     `nn.Module.to_empty` makes a new parameter in each place that holds one.
     """
     empty = [tensor for _, tensor in named_tensors(model) if tensor.is_meta]
+    if not empty:
+        return
     install(model, {id(old): _like(old, torch.empty_like(old, device="cpu")) for old in empty})
     for module in named_modules(model).values():
         if type(module)._apply is not nn.Module._apply:

@@ -27,6 +27,7 @@ from thinet.train.optimizer import copied
 from thinet.train.processes import Processes
 from thinet.train.schedule import learning_rate
 from thinet.types import Progress
+from thinet.whole_file import tidy
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Run:
         if self.processes.main:
             try:
                 self.identity = identity()
+                tidy(folder, state.NAME)
                 found = resume and self._may_go_on(folder)
             except CheckpointError as error:
                 refused = error
