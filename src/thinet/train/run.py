@@ -86,19 +86,16 @@ class Run:
     def open(self, folder: Path, identity: Callable[[], dict[str, Any]], resume: bool) -> None:
         """Take up the run in the folder, or begin one there. The main process decides which."""
         self.folder = folder
-        refused: CheckpointError | None = None
-        found = False
-        if self.processes.main:
-            try:
-                self.identity = identity()
-                tidy(folder, state.NAME)
-                found = resume and self._may_go_on(folder)
-            except CheckpointError as error:
-                refused = error
-        verdict = self.processes.told(2 if refused else int(found))
-        if verdict == 2:
-            raise refused or CheckpointError(f"the main process refused the checkpoint in {folder}")
-        if verdict == 0:
+        goes_on = False
+
+        def look() -> None:
+            nonlocal goes_on
+            self.identity = identity()
+            tidy(folder, state.NAME)
+            goes_on = resume and self._may_go_on(folder)
+
+        self.processes.main_first(look)
+        if not self.processes.told(int(goes_on)):
             self.save()
             return
         saved = state.read(folder)
