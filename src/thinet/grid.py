@@ -39,6 +39,7 @@ from thinet.train.evaluate import evaluate
 from thinet.train.feed import Feed
 from thinet.train.finetune import EpochRecord, finetune
 from thinet.train.identity import fingerprint, fingerprint_of
+from thinet.train.lock import locked
 from thinet.train.processes import current
 from thinet.types import ExampleInputs, Progress
 
@@ -118,6 +119,10 @@ class Grid:
         self._analysis = analyse(self.dense, self.inputs, **groups)
         select_groups(self._analysis.groups, self.cutting["only"], self.cutting["skip"])
         self._journal = Journal(folder, self._identity())
+        with locked(folder):
+            return self._all(resume=resume, retry=retry)
+
+    def _all(self, *, resume: bool, retry: bool) -> Comparison:
         facts, lines = self._journal.open(resume=resume)
         if facts is None:
             facts = asdict(self._measured())
