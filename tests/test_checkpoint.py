@@ -134,6 +134,33 @@ def test_the_dense_model_may_have_no_data_or_other_memory(tmp_path: Path) -> Non
     assert found.features[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class TiedConvs(nn.Module):
+    """Two convolutions of one weight behind one that can be cut, and a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.a, self.b = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.b.weight = self.a.weight
+        self.over = nn.LSTM(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(torch.relu(self.first(x)))))
+        return self.over(x.mean(3).permute(2, 0, 1))[0]
+
+
+def test_tied_weights_of_a_dense_model_without_data_stay_tied(tmp_path: Path) -> None:
+    model = TiedConvs().eval()
+    path = save(tmp_path / "tied.safetensors", model, Plan())
+    with torch.device("meta"):
+        dense = TiedConvs()
+    found: Any = load(path, dense).eval()
+    assert found.b.weight is found.a.weight
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(found(x), model(x))
+    assert dense.a.weight.is_meta and dense.b.weight is dense.a.weight
+
+
 def test_tensors_that_share_memory_without_being_tied_are_written_whole(tmp_path: Path) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -231,9 +258,22 @@ def test_a_plan_of_another_model_is_not_written(tmp_path: Path) -> None:
         save(tmp_path / "a.safetensors", nn.Linear(2, 2), plan)
     with pytest.raises(CheckpointError, match="needs the plan that made the model.*; got None"):
         save(tmp_path / "a.safetensors", small, None)  # type: ignore[arg-type]
+    far = replace(plan, kept=(replace(plan.kept[0], dim=7),))
+    with pytest.raises(CheckpointError, match=r"along dimension 7, the model has None"):
+        save(tmp_path / "a.safetensors", small, far)
     odd = Plan(plan.keep, plan.kept, plan.attributes, plan.replaced, {"criterion": object()})
     with pytest.raises(CheckpointError, match="the plan's settings cannot be written as JSON"):
         save(tmp_path / "a.safetensors", small, odd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_in_place_of_its_model_is_named(tmp_path: Path) -> None:
+    small, plan, inputs = pruned()
+    result = thinet.prune(small, inputs, [inputs], budget=thinet.Budget(keep=0.9))
+    with pytest.raises(CheckpointError, match=r"needs the model.*got PruneResult: give result.mod"):
+        save(tmp_path / "a.safetensors", result, result.plan)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="needs the model, a module; got OrderedDict: give"):
+        save(tmp_path / "a.safetensors", small.state_dict(), plan)
     assert not list(tmp_path.iterdir())
 
 
@@ -314,15 +354,34 @@ def test_wrong_names_are_listed(written: Path) -> None:
     assert load_plan(written) == plan
 
 
-@pytest.mark.parametrize("attribute", ["forward", "__class__", "train"])
+def rewrite(path: Path, plan: Plan, **tensors: Tensor) -> None:
+    """A file's tensors, some of them others, with this plan."""
+    save_file({**load_file(path), **tensors}, path, metadata={KEY: json.dumps(plan.to_json())})
+
+
+def test_a_plan_whose_indices_do_not_fit_is_refused(written: Path) -> None:
+    plan = load_plan(written)
+    narrow, wide = plan.kept[0], max(plan.kept, key=lambda piece: max(piece.indices))
+    for odd, text in (
+        (replace(wide, parameter=narrow.parameter, dim=narrow.dim), "index|twice"),
+        (replace(narrow, indices=(0,)), f"{narrow.parameter} along dimension 0 twice, which no"),
+        (replace(narrow, dim=-5), f"cuts {narrow.parameter} along dimension -5, which this"),
+    ):
+        rewrite(written, replace(plan, kept=(*plan.kept, odd)))
+        refused(written, text)
+
+
+def test_a_parameter_of_whole_numbers_is_refused(written: Path) -> None:
+    whole = load_file(written)["features.0.weight"].long()
+    rewrite(written, load_plan(written), **{"features.0.weight": whole})
+    refused(written, "holds features.0.weight as torch.int64, the model has it as torch.float32")
+
+
+@pytest.mark.parametrize("attribute", ["forward", "__class__", "train", "weight", "_modules"])
 def test_a_plan_that_sets_what_no_plan_does_is_refused(attribute: str, written: Path) -> None:
     plan = load_plan(written)
     path = next(s.parameter for s in plan.kept).rpartition(".")[0]
     changes = (*plan.attributes, AttributeChange(path, attribute, 3))
-    with safe_open(written, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = dict(file.metadata())
-    facts[KEY] = json.dumps(replace(plan, attributes=changes).to_json())
-    save_file(tensors, written, metadata=facts)
+    rewrite(written, replace(plan, attributes=changes))
     with pytest.raises(CheckpointError, match=f"the plan sets {attribute} of .*do not use"):
         load(written, BatchNormVGG())

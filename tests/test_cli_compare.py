@@ -148,7 +148,7 @@ def test_killed_on_the_command_line_it_goes_on(thin: Run, work: Path) -> None:
     assert "started differently: training lr was 0.01 and is now 0.5. Give what it was" in err
     code, _, err = thin(*arguments, "--out", "killed", "--images", "6")
     assert code == 2
-    assert "started differently: calibration was '" in err
+    assert "started differently: calibration images was 12 and is now 6; calibration was '" in err
 
 
 MISTAKES = {

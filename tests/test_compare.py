@@ -171,6 +171,10 @@ def other_images(seed: int) -> list[torch.Tensor]:
     return [image + 1e-3 for image in drawn(seed)]
 
 
+def fewer_images(seed: int) -> list[torch.Tensor]:
+    return list(drawn(seed))[:1]
+
+
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "training": ({"config": replace(CONFIG, lr=0.1)}, r"training lr was 0.05 and is now 0.1"),
     "epochs": ({"epochs": 3}, r"training epochs was 2 and is now 3"),
@@ -180,7 +184,14 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"only": "0"}, r"option only was None and is now \['0'\]"),
     "divisor": ({"divisor": 4}, r"option divisor was 8 and is now 4"),
     "validation": ({"validation": batches(3)}, r"evaluation data batches was 6 and is now 3"),
-    "calibration": ({"calibration": other_images}, r"calibration was '\w+' and is now '"),
+    "calibration": (
+        {"calibration": other_images},
+        r"differently: calibration was '\w+' and is now",
+    ),
+    "fewer images": (
+        {"calibration": fewer_images},
+        r"calibration images was 24 and is now 12; calibration was '",
+    ),
     "training data": ({"train": batches(3)}, r"training data batches was 4 and is now 3"),
 }
 
@@ -193,9 +204,51 @@ def test_going_on_with_other_settings_names_them(
     folder = done[0]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(grid, "prune", refuse)
-    with pytest.raises(CheckpointError, match=f"was started differently: .*{words}"):
+    with pytest.raises(CheckpointError, match=f"was started .*{words}"):
         compared(folder, **options)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def labelled(turn: int | None) -> Callable[[int], list[Any]]:
+    """The calibration images with labels that are turned by so many, or without."""
+
+    def pairs(seed: int) -> list[Any]:
+        labels = (torch.arange(12) + (turn or 0)) % 3
+        return [image if turn is None else (image, labels) for image in drawn(seed)]
+
+    return pairs
+
+
+def test_labels_are_the_same_where_a_criterion_reads_them(tmp_path: Path) -> None:
+    budgets = [thinet.Budget(keep=0.5)]
+
+    def run(turn: int | None, *criteria: str) -> Comparison:
+        return compared(
+            tmp_path, calibration=labelled(turn), criteria=criteria, budgets=budgets, **QUICK
+        )
+
+    plain = run(None, "l2")
+    both = run(0, "l2", "taylor")  # what reads no labels stays as it was
+    assert both.cells[0] == plain.cells[0]
+    for turn, words in ((1, r"'\w+' and is now '\w+'"), (None, r"'\w+' and is now None")):
+        with pytest.raises(CheckpointError, match=f"differently: calibration labels was {words}"):
+            run(turn, "taylor", "l2")
+    assert run(None, "l2").cells == plain.cells
+    assert run(0, "taylor").cells == both.cells[1:]
+
+
+def test_cells_of_before_their_images_were_counted_stay(
+    done: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(done[0], tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / CELLS).read_text().splitlines()]
+    for line in lines:
+        del line["data"]["calibration images"], line["data"]["calibration labels"]
+    (folder / CELLS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(grid, "prune", refuse)
+    assert compared(folder) == done[1]
+    with pytest.raises(CheckpointError, match="differently: calibration was '"):
+        compared(folder, calibration=other_images)
 
 
 def test_another_model_is_another_comparison(done: tuple[Path, Comparison]) -> None:
@@ -231,6 +284,7 @@ def test_more_cells_are_added_to_those_there(
     assert [(p.method, p.seeds) for p in result.points] == [("l2, scale", 2), ("thinet, scale", 2)]
     first, second = result.cells[1].loss_tuned, result.cells[3].loss_tuned
     assert first != second  # the seed draws other images and another order
+    assert (done[1].others, result.others, result.to_dict()["others"]) == (0, 3, 3)
 
 
 class Counting:

@@ -45,6 +45,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
+        timeout=300,  # a process that is not told of the other's failure waits for a day
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -76,6 +77,11 @@ def test_only_the_main_process_writes_and_reports(answers: Answers) -> None:
     assert answers[0]["writers"] == [0, 0, 0]  # at the start and after each epoch
     assert answers[1]["writers"] == []
     assert [answer["told"] for answer in answers] == [2, 0]
+
+
+def test_whatever_fails_in_the_main_process_ends_both(answers: Answers) -> None:
+    main = ["DataError", "OutOfMemoryError", "KeyboardInterrupt", "ZeroDivisionError"]
+    assert [answer["failed"] for answer in answers] == [main, ["TrainingError"] * 4]
 
 
 def test_each_image_is_counted_once(answers: Answers) -> None:

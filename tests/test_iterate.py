@@ -103,7 +103,9 @@ def test_a_finished_run_is_read_and_not_done_again(tmp_path: Path) -> None:
 def test_the_folder_holds_one_model_and_what_was_done(tmp_path: Path) -> None:
     seen: list[list[str]] = []
     iterated(tmp_path, on_step=lambda _: seen.append(sorted(p.name for p in tmp_path.iterdir())))
-    assert seen == [[f"step-00{n}-trained.safetensors", "steps.json"] for n in (1, 2, 3)]
+    files = [[".lock", f"step-00{n}-trained.safetensors", "steps.json"] for n in (1, 2, 3)]
+    assert seen == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == files[-1][1:]
 
 
 def test_every_step_is_recorded_and_the_end_is_foreseen(tmp_path: Path) -> None:

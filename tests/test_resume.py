@@ -151,6 +151,17 @@ def test_ctrl_c_saves_the_step_it_came_in(tmp_path: Path) -> None:
     assert stopped_and_resumed(tmp_path, [], data=noisy_data(), **options) == whole
 
 
+def test_a_handler_that_python_did_not_set_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of such a handler, as of a program that holds Python within it, Python knows None."""
+    given: list[Any] = []
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda _, handler: given.append(handler))
+    trained(tmp_path)
+    assert given == []
+
+
 def test_a_finished_run_is_returned_at_once(tmp_path: Path) -> None:
     first = trained(tmp_path)
     again = trained(tmp_path, pause=3600.0)  # it would not return if it took a step

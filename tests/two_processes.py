@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,25 @@ def samples(count: int = 26) -> TensorDataset:
 def loader(**options: Any) -> DataLoader[Any]:
     """Seven batches, the last of two: with two processes, the last step has one batch only."""
     return DataLoader(samples(), 4, **options)
+
+
+FAILURES = (torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError)
+
+
+def raising(error: type[BaseException]) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def outcome(work: Callable[[], object]) -> str:
+    """What a call raised."""
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001  an interrupt is among them
+        return type(error).__name__
+    return "nothing"
 
 
 class Branching(nn.Module):
@@ -79,6 +99,10 @@ def main() -> None:
     except OptionError as error:
         refused = str(error)
     answer = {
+        "failed": [
+            outcome(lambda: finetune(normed, [torch.zeros(4, 5)], epochs=1, checkpoint=run)),
+            *(outcome(lambda e=e: processes.main_first(raising(e))) for e in FAILURES),
+        ],
         "world": processes.world,
         "weights": {name: t.tolist() for name, t in plain.model.state_dict().items()},
         "digest": fingerprint(result.model),

@@ -109,10 +109,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The dense network and all cells that were asked for, in the order of the plan."""
+    """The dense network and all cells that were asked for, in the order of the plan.
+
+    Attributes:
+        others: how many more cells the folder holds, which were asked for earlier.
+    """
 
     dense: Dense
     cells: tuple[Cell, ...]
+    others: int = 0
 
     @property
     def points(self) -> tuple[Point, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import nn
 
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
-from thinet.surgery.apply import apply_plan, named_tensors
+from thinet.surgery.apply import allocate, apply_plan, named_tensors
 from thinet.trace.replica import copied
+from thinet.whole_file import whole_file
 
 KEY = "thinet_plan"
 """Name of the metadata entry that holds the plan as JSON."""
@@ -40,9 +40,15 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         raise CheckpointError(
             f"save needs the plan that made the model, such as result.plan; got {plan!r}"
         )
+    if not isinstance(model, nn.Module):
+        advice = "give result.model" if hasattr(model, "model") else "give the cut model"
+        raise CheckpointError(
+            f"save needs the model, a module; got {type(model).__name__}: {advice}"
+        )
     tensors = {name: _whole(tensor) for name, tensor in named_tensors(model)}
     for piece in plan.kept:
-        size = tensors[piece.parameter].shape[piece.dim] if piece.parameter in tensors else None
+        shape = tensors[piece.parameter].shape if piece.parameter in tensors else ()
+        size = shape[piece.dim] if 0 <= piece.dim < len(shape) else None
         if size != len(piece.indices):
             raise CheckpointError(
                 f"the plan keeps {len(piece.indices)} entries of {piece.parameter} along dimension "
@@ -55,22 +61,18 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
             f"{', '.join(extra)} of the model is state that is no tensor, which a safetensors file "
             "cannot hold; remove get_extra_state from these modules"
         )
-    folder = target.parent
+    begun = False
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write into the folder {folder} ({error.strerror}); make it, or choose another"
-        ) from error
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
+        with whole_file(target) as unfinished:
+            begun = True
+            save_file(tensors, unfinished, metadata=metadata)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and not begun:
+            raise CheckpointError(
+                f"cannot write into the folder {target.parent} ({error.strerror}); make it, or "
+                "choose another"
+            ) from error
         raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 
@@ -94,8 +96,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     plan, tensors = read(path)
     small = copied(dense_model)
     apply_plan(small, plan)
-    if any(tensor.is_meta for _, tensor in named_tensors(small)):
-        small.to_empty(device="cpu")
+    allocate(small)
     named = dict(named_tensors(small))
     missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or extra:
@@ -111,6 +112,12 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
             f"{tuple(tensors[name].shape)} in the file and {tuple(named[name].shape)} in the cut "
             f"model ({len(wrong)} such tensors); give the dense model it was made of"
         )
+    for name, tensor in named.items():
+        if isinstance(tensor, nn.Parameter) and _kind(tensor) != _kind(tensors[name]):
+            raise CheckpointError(
+                f"{path} holds {name} as {tensors[name].dtype}, the model has it as "
+                f"{tensor.dtype}; the file is damaged, or of another model"
+            )
     with torch.no_grad():
         for name, tensor in named.items():
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -134,6 +141,11 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach().contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """What a change of precision leaves as it is."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _written(plan: Plan) -> str:

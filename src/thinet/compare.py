@@ -80,8 +80,8 @@ def compare(
     Raises:
         OptionError: options that are unknown, empty, repeated or out of range.
         UnknownGroupError, LockedGroupError: `only` and `skip` leave nothing to cut.
-        CheckpointError: the folder cannot be written, or holds a comparison with other settings
-            (says which).
+        CheckpointError: the folder cannot be written, another process works in it, or it holds a
+            comparison with other settings (says which).
         DataError, CalibrationError: the data is empty or not usable.
     """
     for name in _several("criteria", criteria):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from thinet.budget import Budget
-from thinet.calibrate.batches import calibration_pairs
+from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.cells import Cell, Comparison, Dense
 from thinet.checkpoint import load, load_plan, save
+from thinet.criteria import get
 from thinet.errors import (
     BudgetError,
     CalibrationError,
@@ -39,6 +40,7 @@ from thinet.train.evaluate import evaluate
 from thinet.train.feed import Feed
 from thinet.train.finetune import EpochRecord, finetune
 from thinet.train.identity import fingerprint, fingerprint_of
+from thinet.train.lock import locked
 from thinet.train.processes import current
 from thinet.types import ExampleInputs, Progress
 
@@ -52,6 +54,9 @@ FAILURES = (
     torch.OutOfMemoryError,
 )
 """What one method can fail at while the others go on."""
+
+READ_LABELS = {"taylor", "taylor_fo"}
+"""Statistics that depend on the targets of the calibration images."""
 
 OnCell = Callable[[Cell, int, int], None]
 """Called with a cell that was finished now, how many are finished, and how many there are."""
@@ -73,15 +78,22 @@ class Drawn:
 
     Attributes:
         pairs: calibration batches with their targets.
-        facts: what identifies all of the data, as JSON gives it back.
+        facts: what identifies the data, as JSON gives it back.
+        labels: what identifies the targets, None if there are none.
         train: what to fine-tune on, None for no fine-tuning.
         share: of a cell's work that is cutting; a batch takes as long there as in training.
     """
 
     pairs: list[Any]
     facts: Mapping[str, Any]
+    labels: str | None
     train: Any = None
     share: float = 1.0
+
+    def read_by(self, criterion: str) -> dict[str, Any]:
+        """What identifies all that a cell of this criterion depends on."""
+        reads = not READ_LABELS.isdisjoint(get(criterion).needs)
+        return {**self.facts, "calibration labels": self.labels if reads else None}
 
 
 @dataclass
@@ -118,6 +130,10 @@ class Grid:
         self._analysis = analyse(self.dense, self.inputs, **groups)
         select_groups(self._analysis.groups, self.cutting["only"], self.cutting["skip"])
         self._journal = Journal(folder, self._identity())
+        with locked(folder):
+            return self._all(resume=resume, retry=retry)
+
+    def _all(self, *, resume: bool, retry: bool) -> Comparison:
         facts, lines = self._journal.open(resume=resume)
         if facts is None:
             facts = asdict(self._measured())
@@ -125,11 +141,12 @@ class Grid:
         done = self._written(lines)
         finished = {key: cell for key, (cell, _) in done.items() if not (retry and cell.error)}
         plan = list(self._plan())
+        keys = {cell.key for cell in plan}
         for seed in self.seeds:
             drawn = self._drawn(seed)
             for cell, saved in done.values():
                 if cell.seed == seed:
-                    self._journal.check(saved, drawn.facts)
+                    self._check(cell, saved, drawn, asked=cell.key in keys)
             for blank in (cell for cell in plan if cell.seed == seed):
                 if blank.key in finished:
                     continue
@@ -139,13 +156,14 @@ class Grid:
                     self._tell(finished, plan, share)
 
                 cell = self._cell(blank, drawn, tell)
-                self._journal.add({**asdict(cell), "data": drawn.facts})
+                self._journal.add({**asdict(cell), "data": drawn.read_by(cell.criterion)})
                 finished[cell.key] = cell
                 if self.on_cell is not None:
                     left = sum(one.key not in finished for one in plan)
                     self.on_cell(cell, len(plan) - left, len(plan))
         self._tell(finished, plan, 0.0)
-        return Comparison(Dense(**facts), tuple(finished[cell.key] for cell in plan))
+        cells = tuple(finished[cell.key] for cell in plan)
+        return Comparison(Dense(**facts), cells, others=len(done.keys() - keys))
 
     def _plan(self) -> Iterator[Cell]:
         """The cells to come, seed by seed: each seed's calibration images are read once."""
@@ -184,22 +202,38 @@ class Grid:
         pairs = calibration_pairs(self.calibration(seed), device=device)
         leaves = tree_flatten([inputs for inputs, _ in pairs])[0]
         images = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        facts: dict[str, Any] = {"calibration": fingerprint_of(images), "training data": None}
+        targets = {str(i): t for i, (_, t) in enumerate(pairs) if t is not None}
+        labels = fingerprint_of(targets) if targets else None
+        facts: dict[str, Any] = {
+            "calibration images": sum(images_in(inputs) for inputs, _ in pairs),
+            "calibration": fingerprint_of(images),
+            "training data": None,
+        }
         if self.training is None:
-            return Drawn(pairs, facts)
+            return Drawn(pairs, facts, labels)
         train = self.training.data(seed)
         feed = Feed(train, seed=seed, rank=0, world=1)
         facts["training data"] = json.loads(json.dumps(feed.describe()))
         share = len(pairs) / (len(pairs) + self.training.epochs * feed.batches)
-        return Drawn(pairs, facts, train, share)
+        return Drawn(pairs, facts, labels, train, share)
+
+    def _check(self, cell: Cell, saved: Mapping[str, Any], drawn: Drawn, *, asked: bool) -> None:
+        """Refuse to go on beside a cell that was made of other data."""
+        given = drawn.read_by(cell.criterion)
+        known = {name: saved.get(name) for name in given}
+        if "calibration images" not in saved:  # a line of before they were counted
+            known["calibration images"] = given["calibration images"]
+        if not asked:  # labels may be read only where a criterion needs them
+            known["calibration labels"] = given["calibration labels"]
+        self._journal.check(known, given)
 
     def _written(
         self, lines: Sequence[Mapping[str, Any]]
-    ) -> dict[tuple[str, str, str, int], tuple[Cell, Any]]:
+    ) -> dict[tuple[str, str, str, int], tuple[Cell, dict[str, Any]]]:
         """The cells of the journal with their data, a later line in place of an earlier one."""
         try:
-            found = [(Cell.from_dict(line), line["data"]) for line in lines]
-        except (TypeError, KeyError) as error:
+            found = [(Cell.from_dict(line), dict(line["data"])) for line in lines]
+        except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the lines in {self._journal.folder} are not those of thinet.compare ({error!r}); "
                 "give another folder, or resume=False to start over"
@@ -239,14 +273,15 @@ class Grid:
     def _kept_cut(self, cell: Cell, drawn: Drawn) -> tuple[Cell, nn.Module]:
         """The cut network as it lies on the disk, so that a killed training goes on from it."""
         path = self._journal.unfinished / "cut.safetensors"
+        data = drawn.read_by(cell.criterion)
         if path.exists():
             kept = load_plan(path).settings
-            if kept["data"] == drawn.facts and Cell.from_dict(kept["cell"]).key == cell.key:
+            if kept["data"] == data and Cell.from_dict(kept["cell"]).key == cell.key:
                 return Cell.from_dict(kept["cell"]), load(path, self.dense)
         self._journal.clear()
         cell, result = self._cut(cell, drawn)
         path.parent.mkdir(exist_ok=True)
-        settings = {**result.plan.settings, "cell": asdict(cell), "data": drawn.facts}
+        settings = {**result.plan.settings, "cell": asdict(cell), "data": data}
         save(path, result.model, replace(result.plan, settings=settings))
         return cell, load(path, self.dense)
 

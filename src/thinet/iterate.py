@@ -84,7 +84,8 @@ def iterate(
             processes.
         TrainingError: another process failed; its own message says why.
         RecipeError: no such recipe, or not for this model.
-        CheckpointError: the folder cannot be written, or holds a run with other arguments (which).
+        CheckpointError: the folder cannot be written, another process works in it, or it holds a
+            run with other arguments (which).
         As `thinet.prune` and `thinet.finetune`.
     """
     _check(recipe, keep, budget, only, skip, train, distill)

@@ -16,7 +16,7 @@ from typing import Any
 
 from thinet.errors import CheckpointError
 from thinet.train.identity import differences
-from thinet.whole_file import write_json
+from thinet.whole_file import tidy, write_json
 
 SETTINGS = "settings.json"
 CELLS = "cells.jsonl"
@@ -56,6 +56,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not resume:
                 settings.unlink(missing_ok=True)
+            tidy(self.folder, SETTINGS)
             if not settings.exists():
                 cells.unlink(missing_ok=True)
                 self.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from thinet.train.evaluate import evaluate
 from thinet.train.feed import Feed
 from thinet.train.finetune import EpochRecord, FinetuneResult, finetune
 from thinet.train.identity import fingerprint, fingerprint_of
+from thinet.train.lock import locked
 from thinet.train.processes import current
 from thinet.types import ExampleInputs, Progress, tensors_in
 
@@ -81,6 +83,11 @@ class Loop:
         identity = self._identity()
         self._check_alike(identity)
         self._store = Store(folder, identity)
+        with ExitStack() as held:
+            self._processes.main_first(lambda: held.enter_context(locked(folder)))
+            return self._steps(resume)
+
+    def _steps(self, resume: bool) -> IterateResult:
         position = self._opened(resume)
         model, plan = self._store.model(position, self.dense), self._store.plan(position)
         work = _Work(self)

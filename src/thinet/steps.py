@@ -20,7 +20,7 @@ from thinet.checkpoint import load, load_plan, save
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
 from thinet.train.identity import differences
-from thinet.whole_file import write_json
+from thinet.whole_file import tidy, write_json
 
 NAME = "steps.json"
 FORMAT = 1
@@ -162,7 +162,8 @@ class Store:
         current = {self.model_path(position)}
         if position.phase == "cut":
             current.add(self.training_path(position.step))
-        for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]:
+        tidy(self.folder, "step")
+        for path in self.folder.glob("step-*"):
             if path not in current:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("training-*"):

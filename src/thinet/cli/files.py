@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
 from thinet.errors import CheckpointError, OptionError
 from thinet.report import html, markdown
 from thinet.report.data import Report, to_dict
+from thinet.whole_file import write_text
 
 REPORTS = (".html", ".md", ".json")
 
@@ -45,19 +45,6 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"cannot write in {folder} ({error.strerror}); give a path that can be written"
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under another name first, so that a stop leaves the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -132,7 +132,6 @@ def kept_if_right(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             yield Path(folder) / path.name
             for written in sorted(Path(folder).iterdir(), reverse=True):  # the file itself last
-                written.chmod(0o644)
                 written.replace(path.with_name(written.name))
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error

@@ -14,6 +14,9 @@ from thinet.plan import AttributeChange, Plan
 from thinet.surgery.replace import replace
 from thinet.types import Slice
 
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has, such as the list of its tensors."""
+
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Replace the model's own modules and cut its tensors and attributes as the plan says.
@@ -31,9 +34,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
 def _cut(model: nn.Module, plan: Plan) -> None:
     named = dict(named_tensors(model))
+    cut: set[tuple[str, int]] = set()
     for piece in plan.kept:
         tensor = named.get(piece.parameter)
-        if tensor is None or piece.dim >= tensor.ndim:
+        if tensor is None or not 0 <= piece.dim < tensor.ndim:
             raise CheckpointError(
                 f"the plan cuts {piece.parameter} along dimension {piece.dim}, which this "
                 f"{type(model).__name__} does not have; give the dense model that the plan was "
@@ -45,6 +49,12 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 f"{piece.dim}, but it has only {tensor.shape[piece.dim]}; give the dense model "
                 "that the plan was made for, uncut"
             )
+        if (piece.parameter, piece.dim) in cut:
+            raise CheckpointError(
+                f"the plan cuts {piece.parameter} along dimension {piece.dim} twice, which no "
+                "plan of thinet does; do not use this file"
+            )
+        cut.add((piece.parameter, piece.dim))
     modules = named_modules(model)
     for change in plan.attributes:
         module = _module(model, modules, change.module)
@@ -54,18 +64,43 @@ def _cut(model: nn.Module, plan: Plan) -> None:
                 f"{type(model).__name__} does not have"
             )
         kind = type(module)
-        if change.attribute.startswith("__") or callable(getattr(kind, change.attribute, None)):
+        parts = (module._parameters, module._buffers, module._modules)
+        if (
+            change.attribute.startswith("__")
+            or change.attribute in _OWN
+            or callable(getattr(kind, change.attribute, None))
+            or any(change.attribute in part for part in parts)
+        ):
             raise CheckpointError(
                 f"the plan sets {change.attribute} of {change.module or 'the model'}, which no "
                 "plan of thinet does; do not use this file"
             )
-    replaced = {id(named[name]): new for name, new in sliced(named, plan.kept).items()}
-    for module in modules.values():
+    install(model, {id(named[name]): new for name, new in sliced(named, plan.kept).items()})
+    set_attributes(model, plan.attributes)
+
+
+def install(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
+    """Put new tensors in the places of old ones, which are named by their `id`; ties stay."""
+    for module in named_modules(model).values():
         for store in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             for name, tensor in store.items():
-                if tensor is not None and id(tensor) in replaced:
-                    store[name] = replaced[id(tensor)]
-    set_attributes(model, plan.attributes)
+                if tensor is not None and id(tensor) in new:
+                    store[name] = new[id(tensor)]
+
+
+def allocate(model: nn.Module) -> None:
+    """Give tensors without data memory on the CPU, each one once, so that tied ones stay tied.
+
+    `nn.Module.to_empty` makes a new parameter in each place that holds one.
+    """
+    empty = [tensor for _, tensor in named_tensors(model) if tensor.is_meta]
+    if not empty:
+        return
+    install(model, {id(old): _like(old, torch.empty_like(old, device="cpu")) for old in empty})
+    for module in named_modules(model).values():
+        if type(module)._apply is not nn.Module._apply:
+            # such modules keep lists of their tensors, and make them anew in `_apply`
+            module._apply(lambda tensor: tensor)
 
 
 def named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

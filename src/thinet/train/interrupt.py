@@ -11,7 +11,8 @@ from typing import Any
 class Interrupts:
     """While entered, the first Ctrl-C is only noted in `asked`; a second one interrupts at once.
 
-    Outside of the main thread, where Python allows no signal handlers, it does nothing.
+    Outside of the main thread, where Python allows no signal handlers, it does nothing; neither
+    where the handler is that of a program around Python, which Python could not put back.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -21,7 +22,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if self._enabled:
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
@@ -30,7 +33,7 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._enabled:
+        if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

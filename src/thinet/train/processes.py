@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from thinet.errors import MissingExtraError, OptionError, ThinetError, TrainingError
+from thinet.errors import MissingExtraError, OptionError, TrainingError
 
 PATIENCE = timedelta(hours=24)
 """How long the others wait for the main process, which may measure and cut alone for long."""
@@ -110,16 +110,17 @@ class Processes:
         """Run `work` in the main process; the others wait until it is done.
 
         Raises:
-            ThinetError: in the main process what `work` raised, in the others a `TrainingError`.
+            TrainingError: in the others, if `work` raised anything in the main process.
         """
-        failure: ThinetError | None = None
         if self.main:
+            failed = True
             try:
                 work()
-            except ThinetError as error:
-                failure = error
-        if self.told(int(failure is not None)):
-            raise failure or TrainingError("the main process failed; its own message says why")
+                failed = False
+            finally:  # whatever it was: the others would wait for a day
+                self.told(int(failed))
+        elif self.told(0):
+            raise TrainingError("the main process failed; its own message says why")
         self.wait()
 
     def wait(self) -> None:

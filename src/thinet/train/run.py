@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from thinet.train.feed import Feed
 from thinet.train.group_sparsity import TapGroups
 from thinet.train.identity import differences
 from thinet.train.interrupt import Interrupts
+from thinet.train.lock import locked
 from thinet.train.logs import Logs
 from thinet.train.loss import Loss
 from thinet.train.optimizer import copied
 from thinet.train.processes import Processes
 from thinet.train.schedule import learning_rate
 from thinet.types import Progress
+from thinet.whole_file import tidy
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,36 @@ class Run:
             processes.device.type, init_scale=2.0**10, enabled=config.mixed_precision == "fp16"
         )
         self.folder: Path | None = None
+        self.held = ExitStack()
         self.epoch = self.step = 0
         self.lr = 0.0
         self.sums = [0.0, 0.0, 0.0, 0.0]  # loss, right, images, seconds of this epoch
         self.history: list[EpochRecord] = []
 
     def open(self, folder: Path, identity: Callable[[], dict[str, Any]], resume: bool) -> None:
-        """Take up the run in the folder, or begin one there. The main process decides which."""
+        """Take up the run in the folder, or begin one there. The main process decides which.
+
+        It holds the folder until `train` ends.
+        """
         self.folder = folder
-        refused: CheckpointError | None = None
-        found = False
-        if self.processes.main:
-            try:
-                self.identity = identity()
-                found = resume and self._may_go_on(folder)
-            except CheckpointError as error:
-                refused = error
-        verdict = self.processes.told(2 if refused else int(found))
-        if verdict == 2:
-            raise refused or CheckpointError(f"the main process refused the checkpoint in {folder}")
-        if verdict == 0:
-            self.save()
-            return
+        goes_on = False
+
+        def look() -> None:
+            nonlocal goes_on
+            self.identity = identity()
+            held.enter_context(locked(folder))
+            tidy(folder, state.NAME)
+            goes_on = resume and self._may_go_on(folder)
+
+        with ExitStack() as held:
+            self.processes.main_first(look)
+            if self.processes.told(int(goes_on)):
+                self._take_up(folder)
+            else:
+                self.save()
+            self.held = held.pop_all()
+
+    def _take_up(self, folder: Path) -> None:
         saved = state.read(folder)
         if saved is None:
             raise CheckpointError(f"{folder} must be a folder that all processes can read")
@@ -125,7 +136,11 @@ class Run:
         progress: Progress | None,
     ) -> None:
         done = self.epoch * self.steps + self.step
-        with Interrupts(enabled=self.folder is not None) as interrupts, self._logs(done) as logs:
+        with (
+            self.held,
+            Interrupts(enabled=self.folder is not None) as interrupts,
+            self._logs(done) as logs,
+        ):
             while self.epoch < self.epochs:
                 began = time.perf_counter() - self.sums[3]
                 what = f"epoch {self.epoch + 1} of {self.epochs}"

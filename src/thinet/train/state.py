@@ -8,7 +8,6 @@ moment at which the folder holds no complete state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from thinet.errors import CheckpointError
+from thinet.whole_file import whole_file
 
 NAME = "training.safetensors"
 FORMAT = "1"
@@ -29,15 +29,13 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str,
     Raises:
         CheckpointError: the file cannot be written; the old one is as it was.
     """
-    target, unfinished = folder / NAME, folder / (NAME + ".unfinished")
+    target = folder / NAME
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"thinet_training": FORMAT, "facts": json.dumps(facts)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(plain, unfinished, metadata=metadata)
-        _to_disk(unfinished)
-        unfinished.replace(target)
-        _to_disk(folder)
+        with whole_file(target) as unfinished:
+            save_file(plain, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the training state cannot be written to {target}: {error}"
@@ -67,14 +65,6 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
             f"the training state {path} cannot be read ({error}); delete it, or start over with "
             "resume=False"
         ) from error
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
