@@ -156,6 +156,13 @@ def test_a_comparison_becomes_a_report() -> None:
         cell(2, error="RepairError: singular"), cell(3, error="RepairError: singular"),
     )  # fmt: skip
     dense = Dense(10, 8, 0.9, 0.99, 0.1, 200)
+    assert (
+        compared(Comparison(dense, cells, others=4), "title")
+        .notes[-1]
+        .startswith(
+            "4 more cells are in the folder that were not asked for this time; give their criteria"
+        )
+    )
     report = compared(Comparison(dense, cells), "title", (("data", "x"),))
     assert (
         report.summary

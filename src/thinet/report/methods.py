@@ -43,7 +43,7 @@ def compared(comparison: Comparison, title: str, facts: tuple[tuple[str, str], .
         ),
         networks=(Network("dense", dense.macs, dense.params, top1=dense.top1),),
         points=comparison.points,
-        notes=(*_failures(comparison), *_remarks(comparison)),
+        notes=(*_failures(comparison), *_remarks(comparison), *_others(comparison)),
         facts=facts,
     )
 
@@ -59,6 +59,15 @@ def _failures(comparison: Comparison) -> list[str]:
 def _remarks(comparison: Comparison) -> list[str]:
     found = [f"{cell.criterion}: {note}" for cell in comparison.cells for note in cell.notes]
     return list(dict.fromkeys(found))
+
+
+def _others(comparison: Comparison) -> list[str]:
+    if not comparison.others:
+        return []
+    return [
+        f"{comparison.others} more cells are in the folder that were not asked for this time; give "
+        "their criteria, repairs, budgets and seeds as well to see them here"
+    ]
 
 
 def spread(value: Spread | None) -> str:
