@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from thinet.cli.app import run
+from thinet.cli.finetune import Resumed
 from thinet.cli.inputs import pictures, prepared_as
 from thinet.report.data import from_dict
 
@@ -249,6 +250,26 @@ def test_too_many_corrupt_images_name_the_option_that_allows_them(
     assert code == 2 and "or raise --max-corrupt" in err.replace("\n", " ")
     code, out, _ = thin(*command, "--max-corrupt", "0.5", "--json")
     assert code == 0 and json.loads(out)["images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (("epoch 1 of 9", 1, 5), ""),
+        (("epoch 3 of 9", 1, 5), "going on after epoch 2\n"),
+        (("epoch 3 of 9", 2, 5), "going on after epoch 2 and 1 step\n"),
+        (("epoch 1 of 9", 4, 5), "going on after 3 steps\n"),
+    ],
+)
+def test_a_resumed_training_says_once_where_it_goes_on(
+    first: tuple[str, int, int], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    progress = Resumed(lambda *call: told.append(call))
+    progress(*first)
+    progress("epoch 5 of 9", 2, 5)
+    assert capsys.readouterr().err == says
+    assert told == [first, ("epoch 5 of 9", 2, 5)]
 
 
 def test_one_is_not_counted_in_the_plural(

@@ -153,7 +153,7 @@ def finetune(
         before = evaluate(named.model, held, device=device).top1 if held else None
         result = train(
             named.model, images, epochs=epochs, config=config, validation=held or None,
-            teacher=dense, checkpoint=folder, resume=not start_over, progress=_Resumed(told),
+            teacher=dense, checkpoint=folder, resume=not start_over, progress=Resumed(told),
             device=device,
             on_epoch=lambda r: console.say(
                 f"epoch {r.epoch} of {epochs}: loss {r.loss:.4f}"
@@ -203,19 +203,20 @@ def _rates(config: FinetuneConfig) -> str:
     return f"{config.lr:g}, {config.schedule}{falls}"
 
 
-class _Resumed:
+class Resumed:
     """Progress of the training that first says where a stopped run goes on."""
 
     def __init__(self, told: Progress) -> None:
         self._told, self._first = told, True
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self._first:
+        if self._first and what.startswith("epoch "):  # as "epoch 3 of 10"
             self._first = False
-            epoch = int(what.split()[1])  # "epoch 3 of 10"
-            begun = f" and {counted(done - 1, 'step')}" if done > 1 else ""
-            if epoch > 1 or begun:
-                console.say(f"going on after epoch {epoch - 1}{begun}")
+            whole, begun = int(what.split()[1]) - 1, done - 1
+            parts = [f"epoch {whole}"] if whole else []
+            parts += [counted(begun, "step")] if begun else []
+            if parts:
+                console.say(f"going on after {' and '.join(parts)}")
         self._told(what, done, total)
 
 
