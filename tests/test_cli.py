@@ -218,7 +218,7 @@ def test_a_cut_model_is_cut_again(thin: Run, small: Path, tmp_path: Path) -> Non
     code, _, err = thin(
         "prune", "net.py:build", "--weights", str(small), *arguments, "--out", str(out)
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"wrote {out}\n")
     _, text, _ = thin("bench", "net.py:build", "--weights", str(out), "--size", "8", "--json",
                       "--seconds", "0.01")  # fmt: skip
     timed = json.loads(text)
@@ -339,8 +339,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "mean": (("evaluate", "net.py:build", "images", "--mean", "1,2"), "--mean takes three numbers"),
     "no folder": (("evaluate", "net.py:build", "nowhere", "--size", "8"), "no folder nowhere"),
     "no classes": (("evaluate", "net.py:build", "images/dark", "--size", "8"), "has no classes"),
-    "no budget": ((*PRUNE, *OUT), "one of macs, params, latency and keep; none given"),
-    "two budgets": ((*PRUNE, *OUT, *HALF, "--keep", "1"), "macs and keep given"),
+    "no budget": ((*PRUNE, *OUT), "--recipe, --macs, --params, --latency, --keep; none given"),
+    "two budgets": ((*PRUNE, *OUT, *HALF, "--keep", "1"), "--macs and --keep given"),
     "widths without costs": (
         (*PRUNE, *OUT, "--keep", "0.5", "--widths", "uniform"),
         "--widths says how --macs or --params is shared out",
@@ -392,7 +392,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     arguments, words = MISTAKES[mistake]
     code, out, err = thin(*arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+    assert re.sub(r"^warning: no --weights: .*\n", "", err).startswith("error: ")
     assert words in err
     assert "Traceback" not in err
     assert [path for path in sorted(work.rglob("*")) if "__pycache__" not in path.parts] == [
@@ -442,10 +442,12 @@ def test_a_corrupt_image_is_named_and_left_out(thin: Run, work: Path, tmp_path: 
     assert "2 corrupt images" in err
 
 
-def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(work: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
+    thin: Run, work: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "tuned.safetensors"
     command = [
-        sys.executable, "-m", "thinet", "finetune", "net.py:build", "images", "--size", "8",
+        sys.executable, "-m", "thinet", "finetune", MODEL[0], "images", *MODEL[1:],
         "--batch", "8", "--out", str(out), "--epochs",
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -462,7 +464,15 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(work: Path, tmp_p
     assert not out.exists()
     again = subprocess.Popen([*command, "100000"], cwd=work, stderr=subprocess.PIPE, text=True)
     assert again.stderr is not None
-    first = again.stderr.readline()
+    first, second = again.stderr.readline(), again.stderr.readline()
     again.send_signal(signal.SIGINT)
     again.communicate(timeout=60)
-    assert int(first.split()[1]) > 2
+    done = re.match(r"going on after epoch (\d+)( and \d+ steps?)?$", first)
+    assert done is not None and int(done[1]) >= 2
+    assert second.startswith(f"epoch {int(done[1]) + 1} of 100000: ")
+    code, _, err = thin(*command[3:], "3", "--lr", "0.5")
+    assert code == 2
+    assert f"{out}.run holds a training run that was started differently: " in err
+    assert "or --start-over to start over" in err and "resume" not in err
+    code, _, err = thin(*command[3:], "3", "--lr", "0.5", "--start-over")
+    assert code == 0 and "going on" not in err and "epoch 1 of 3: " in err

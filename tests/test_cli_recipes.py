@@ -135,7 +135,7 @@ def test_prune_by_recipe_in_one_shot(thin: Run) -> None:
             "no recipe is named 'resnet50'; did you mean resnet or resnet50-70",
         ),
         ((*PRUNE, "--recipe", "resnet50-30"), "this SmallVgg has 0 blocks"),
-        ((*ITERATE,), "a budget names one of"),
+        ((*ITERATE,), "give one of --recipe, --macs, --params, --keep; none given"),
         ((*ITERATE, "--recipe", "vgg16-gap"), "this DeepStem has 10"),
     ],
 )

@@ -13,6 +13,7 @@ from thinet import one_round
 from thinet.budget import Budget, uniform_widths
 from thinet.errors import BudgetError, OptionError
 from thinet.latency_budget import latency_widths, time_share
+from thinet.timing import Latency
 from thinet.trace.analyse import analyse
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -68,6 +69,16 @@ def test_budgets_of_latency_belong_to_prune() -> None:
         Budget(macs=0.5, latency=0.5)
     with pytest.raises(OptionError, match="rounds are steps of a budget of macs or params"):
         thinet.prune(net(), X, [X], budget=Budget(latency=0.5), rounds=2)
+
+
+def test_networks_are_compared_by_their_fastest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where most runs were disturbed, all else is about the other work."""
+    timed = {
+        "dense": Latency(8.0, 18.5, 12.0, 40.0, runs=10, threads=1, device="cpu"),
+        "small": Latency(4.0, 4.1, 4.0, 9.0, runs=10, threads=1, device="cpu"),
+    }
+    monkeypatch.setattr("thinet.latency_budget.latencies", lambda *_, **__: timed)
+    assert time_share(net(), net(), X) == 0.5
 
 
 def test_a_network_takes_its_own_time() -> None:

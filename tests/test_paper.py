@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,3 +113,21 @@ def test_the_command_prints_both_tables_and_json(
     shown = capsys.readouterr().out
     assert "Table 1: VGG-16 on ImageNet" in shown
     assert "8 of 8 networks agree with the paper to the printed digit." in shown
+
+
+@pytest.mark.parametrize("transfer", [False, True])
+def test_numbers_are_whole_in_eighty_columns(
+    transfer: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    rows: dict[str, paper.Row],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    named = tuple(rows.values())
+    if transfer:
+        named = tuple(replace(row, table=4, dataset="Indoor-67") for row in named)
+    monkeypatch.setattr(paper, "tables", lambda stride: named)
+    monkeypatch.setattr(paper, "table_4", lambda: named)
+    assert run(["paper", *(["--transfer"] if transfer else [])]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for row in named:
+        assert row.printed_params in shown and row.printed_flops in shown

@@ -144,6 +144,38 @@ def test_bars_are_as_long_as_their_numbers() -> None:
     assert accuracy[1][1] / accuracy[0][1] == pytest.approx(0.25 / 0.98, abs=1e-3)
 
 
+def test_one_network_is_not_drawn_as_the_dense_one() -> None:
+    bars = Page(svg.accuracy_bars((THINET,))).bars
+    assert [css for css, _ in bars] == ["pale", "full"]
+
+
+def test_long_names_are_cut_to_their_place_and_shown_whole_under_the_mouse() -> None:
+    name = "a" * 25 + "z" * 26
+    networks = (DENSE, Network(name, 1, 1, top1=0.5, top1_tuned=0.6, curve=(0.6,)))
+    for drawing in (svg.accuracy_bars(networks), svg.curves(networks)):
+        words = Page(drawing).words
+        (shown,) = (word for word in words if word.startswith("…"))
+        assert len(shown) <= 26 and name.endswith(shown[1:])
+        assert name in words  # as a title
+        assert f">{name}<title" not in drawing
+
+
+def test_steps_are_called_steps() -> None:
+    """Of a network cut and trained in turns no accuracy is one without training."""
+    curve = (0.5, 0.7, 0.9)
+    stepwise = Report(
+        "t", networks=(DENSE, Network("small", 9, 9, top1=0.3, top1_tuned=0.9, curve=curve)),
+        steps=True,
+    )  # fmt: skip
+    assert from_dict(json.loads(json.dumps(to_dict(stepwise)))) == stepwise
+    for form in (html.render(stepwise), markdown.render(stepwise)):
+        assert "after the last cut" in form
+        assert "untrained" not in form and "no training" not in form
+    drawing = svg.curves(stepwise.networks, steps=True)
+    assert drawing.count("<circle") == 3
+    assert "steps, each cut and trained" in drawing and "epochs" not in drawing
+
+
 def test_curves_are_drawn_over_round_ticks() -> None:
     drawing = svg.curves(FULL.networks)
     assert drawing.count("<polyline") == 2

@@ -215,6 +215,7 @@ class Loader:
             raise DataError(
                 f"{len(self.corrupt)} corrupt images in {self.folder.listing.root}, the last "
                 f"{result.path} ({result.reason}); at most {self._allowed} of {len(self.folder)} "
-                "are left out. Remove or replace them, or raise max_corrupt of the loader"
+                "are left out. Remove or replace them, or raise --max-corrupt (max_corrupt of the "
+                "loader)"
             )
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -23,10 +24,9 @@ def select_groups(
     chosen = [g for g in groups if only is None or _matches(g, _patterns(only))]
     for pattern in (*_patterns(only), *_patterns(skip)):
         if not any(_matches(g, (pattern,)) for g in groups):
-            names = ", ".join(g.name for g in groups[:5])
             raise UnknownGroupError(
-                f"the pattern {pattern!r} matches none of the {len(groups)} groups ({names}, ...); "
-                "thinet inspect lists them all"
+                f"the pattern {pattern!r} matches none of the {len(groups)} groups "
+                f"{_hint(pattern, groups)}; thinet inspect lists them all"
             )
     chosen = [g for g in chosen if not _matches(g, _patterns(skip))]
     free = tuple(g for g in chosen if g.locked is None and g.channels > 1)
@@ -50,16 +50,46 @@ def named_groups(
     """The names of a budget that names its groups; errors as `select_groups` raises them."""
     if only is not None or skip is not None:
         raise OptionError("this budget names its groups; leave only and skip out")
+    check_names("the budget", named, groups)
     known = {group.name: group for group in groups}
     for name in named:
-        if name not in known:
-            raise UnknownGroupError(
-                f"the budget names the group {name!r}, which is none of the {len(known)} groups; "
-                "thinet inspect lists them all"
-            )
         if known[name].locked is not None:
             raise LockedGroupError(f"group {name!r} may not be cut: {known[name].locked}")
     return list(named)
+
+
+def check_names(where: str, named: Iterable[str], groups: Sequence[ChannelGroup]) -> None:
+    """See that each is the name of one of the groups.
+
+    Args:
+        where: what names them, for the message.
+
+    Raises:
+        UnknownGroupError: one is not; says which group the layer belongs to, or close names.
+    """
+    known = {group.name for group in groups}
+    for name in named:
+        if name not in known:
+            raise UnknownGroupError(
+                f"{where} names the group {name!r}, which is none of the {len(known)} groups "
+                f"{_hint(name, groups)}; thinet inspect lists them all"
+            )
+
+
+def _hint(pattern: str, groups: Sequence[ChannelGroup]) -> str:
+    """Some of the groups, and the groups that a layer of that name is in, or close names."""
+    names = [group.name for group in groups]
+    some = f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    held: list[str] = []
+    for group in groups:
+        for layers, does in ((group.producers, "makes"), (group.consumers, "mixes")):
+            layer = next((layer for layer in layers if fnmatchcase(layer, pattern)), None)
+            if layer is not None:
+                held.append(f"{layer} {does} the channels of group {group.name!r}")
+    if held:
+        return "; ".join((some, *held[:3]))
+    close = difflib.get_close_matches(pattern, names, n=3)
+    return f"{some}; near it: {', '.join(map(repr, close))}" if close else some
 
 
 def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:

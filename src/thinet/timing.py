@@ -15,13 +15,18 @@ from thinet.observe import evaluating, running
 from thinet.trace.record import check_model, describe
 from thinet.types import ExampleInputs, call
 
+SCATTER = 1.5
+"""Slow runs (`high_ms`) for each fast one (`low_ms`): above it, timings are no quiet machine's."""
+
 
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one forward pass, over several timed runs.
 
     Attributes:
-        median_ms: the middle run: the number to quote.
+        best_ms: the fastest run. What else the machine does only adds, so this is what repeats,
+            and what networks are compared by.
+        median_ms: the middle run: what to expect with what else the machine does.
         low_ms: the run that only a tenth of the others beat.
         high_ms: the run that only a tenth of the others exceed.
         runs: how many were timed.
@@ -29,12 +34,18 @@ class Latency:
         device: where the model was.
     """
 
+    best_ms: float
     median_ms: float
     low_ms: float
     high_ms: float
     runs: int
     threads: int
     device: str
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the runs differ so much that other work must have disturbed them."""
+        return self.high_ms > SCATTER * self.low_ms
 
 
 def latency(model: nn.Module, inputs: ExampleInputs, *, seconds: float = 1.0) -> Latency:
@@ -102,6 +113,7 @@ def _summary(runs: list[float], device: torch.device) -> Latency:
     ordered = sorted(runs)
     tenth = len(ordered) // 10
     return Latency(
+        best_ms=ordered[0],
         median_ms=median(ordered),
         low_ms=ordered[tenth],
         high_ms=ordered[-1 - tenth],

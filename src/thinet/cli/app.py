@@ -36,6 +36,9 @@ COMMANDS = {
         demo, inspect, prune, iterate, finetune, evaluate, compare, bench, export, report, paper
     )
 }  # fmt: skip
+OPTIONS = {"resume=False (--start-over)": "--start-over", "resume=False": "--start-over"}
+"""What the library's messages call by its name in Python, and its name here."""
+
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
@@ -54,10 +57,11 @@ def _version(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (that of the process by default) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments and "--help" not in arguments
     console.reset()
     try:
-        code = app(arguments, prog_name="thinet", standalone_mode=False)
+        with console.results_alone(as_json):
+            code = app(arguments, prog_name="thinet", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except ThinetError as error:
@@ -86,8 +90,10 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _fail(kind: str, message: str, as_json: bool) -> int:
+    for word, option in OPTIONS.items():
+        message = message.replace(word, option)
     console.err.print("error: ", style="bold red", end="")
-    console.err.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.say(message)
     if as_json:
         print(json.dumps({"error": {"type": kind, "message": message}}))  # noqa: T201
     return 2

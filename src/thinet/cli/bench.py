@@ -13,6 +13,7 @@ from thinet.cli.inputs import example, network, pictures
 from thinet.count import count
 from thinet.errors import OptionError
 from thinet.report.data import Network, Report
+from thinet.report.rows import timed_where, timing_notes
 from thinet.timing import latencies
 
 
@@ -31,6 +32,8 @@ def bench(
 ) -> None:
     """Time forward passes. A model that was cut is timed in turns with the dense one.
 
+    The table has the fastest run of each, which other work on the machine disturbed least.
+
     `thinet bench torchvision:resnet50 --batch 8`
 
     `thinet bench torchvision:resnet50 --weights small.safetensors`
@@ -46,19 +49,16 @@ def bench(
         dense = network(model, None, classes=classes, device=device).model
         models = {model: dense, f"{model}, cut": named.model}
     inputs = example(named.model, pictures(named.model, size, None, None).size, batch=batch)
-    console.say(f"timing on {inputs.device}, {torch.get_num_threads()} threads, batch {batch}")
+    console.say(f"timing: {timed_where(inputs)}")
     timed = latencies(models, inputs, seconds=seconds)
     counted = {name: count(net, inputs[:1]) for name, net in models.items()}
     result = Report(
         title=f"{model}, {inputs.shape[2]} x {inputs.shape[3]}, batch {batch}",
         networks=tuple(
-            Network(name, counted[name].macs, counted[name].params, timed[name].median_ms)
+            Network(name, counted[name].macs, counted[name].params, timed[name].best_ms)
             for name in models
         ),
-        notes=tuple(
-            f"{name}: {t.low_ms:.3g} to {t.high_ms:.3g} ms, {t.runs} runs"
-            for name, t in timed.items()
-        ),
+        notes=timing_notes(timed),
         facts=(("device", str(inputs.device)), ("threads", str(torch.get_num_threads()))),
     )
     timings = {name: asdict(t) for name, t in timed.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,13 +15,14 @@ from thinet.budget import Budget
 from thinet.cells import Cell
 from thinet.cli import console, options
 from thinet.cli.files import check_folder, write_report
-from thinet.cli.folders import labelled
-from thinet.cli.inputs import example, network, pictures
+from thinet.cli.folders import check_classes, labelled
+from thinet.cli.inputs import example, pictures, prepared_as, trained, weights_as
 from thinet.compare import compare as side_by_side
 from thinet.criteria import get
 from thinet.errors import OptionError
 from thinet.prune_options import Repair, Sampling, Widths
 from thinet.report.methods import compared
+from thinet.report.text import counted
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 
 
@@ -107,6 +109,7 @@ def compare(
     start_over: Annotated[
         bool, typer.Option("--start-over", help="Forget what the folder holds.")
     ] = False,
+    max_corrupt: options.MaxCorrupt = 0.01,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -139,23 +142,30 @@ def compare(
     for name in chosen:  # known before any image is read
         get(name)
     check_folder(out)
-    named = network(model, weights, classes=classes, device=device)
+    named = trained(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
-    console.keeps(f"finished cells are kept in {out}; the same command goes on from there")
+    console.keeps(options.goes_on(f"finished cells are kept in {out}", start_over))
     with console.progress() as told:
-        held = labelled(data, prepared, batch=batch, every=every, progress=told)
+        held = labelled(
+            data, prepared, batch=batch, every=every, max_corrupt=max_corrupt, progress=told
+        )
+        notes = check_classes(named.model, inputs, held)
 
         def drawn(seed: int) -> folders.Loader:
             return folders.calibration_batches(
                 calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
                 resize=prepared.resize, labels=any("taylor" in c for c in chosen),
-                mirror=mirror, progress=told,
+                mirror=mirror, max_corrupt=max_corrupt, progress=told,
             )  # fmt: skip
 
         tuning: dict[str, Any] = {}
         if train is not None:
-            shown = labelled(train, prepared, batch=batch, train=True, crop=crop, progress=told)
+            shown = labelled(
+                train, prepared, batch=batch, train=True, crop=crop, max_corrupt=max_corrupt,
+                progress=told,
+            )  # fmt: skip
+            notes += check_classes(named.model, inputs, shown)
 
             def ordered(seed: int) -> folders.Loader:
                 shown.folder.seed = seed  # decoded once, in another order for each seed
@@ -175,11 +185,17 @@ def compare(
         f"{model}, methods compared",
         (
             ("data", str(data)), ("calibration", f"{images} images of {calibration}"),
-            ("fine-tuning", f"{epochs} epochs on {train}, lr {lr:g}" if train else "none"),
+            ("weights", weights_as(weights)),
+            ("pictures", prepared_as(named.model, prepared, size, mean, std)),
+            (
+                "fine-tuning",
+                f"{counted(epochs, 'epoch')} on {train}, lr {lr:g}" if train else "none",
+            ),
             ("BatchNorm", "re-estimated" if recalibrate else "as it was"),
             ("seeds", str(seeds)), ("cells", str(out / "cells.jsonl")),
         ),
     )  # fmt: skip
+    report = replace(report, notes=(*notes, *report.notes))
     for name in ("report.html", "report.json"):
         write_report(report, out / name)
     console.show(report, as_json=as_json, extra=result.to_dict())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -23,18 +24,20 @@ from thinet import types
 from thinet.report import terminal
 from thinet.report.data import Report, to_dict
 
-out = Console()
-err = Console(stderr=True)
+# names and messages are the user's: ":x:" and "[red]" in them are letters
+out = Console(emoji=False, markup=False)
+err = Console(stderr=True, emoji=False, markup=False)
 
 _NOTHING = "nothing was written"
 _state = {"kept": _NOTHING}
+_results: list[TextIO] = []
 
 
 class _Warnings(logging.Handler):
     """What the library logs (images left out and the like), on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(f"warning: {record.getMessage()}", style="yellow", markup=False, highlight=False)
+        warn(record.getMessage())
 
 
 def reset() -> None:
@@ -57,7 +60,26 @@ def kept() -> str:
 
 def say(message: str) -> None:
     """One line for people, on stderr."""
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    err.print(message, highlight=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line that a reader must not miss, on stderr."""
+    err.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def results_alone(wanted: bool) -> Generator[None]:
+    """Inside, if wanted, stdout takes results only: what the user's model prints is on stderr."""
+    if not wanted:
+        yield
+        return
+    _results.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
 
 
 def show(report: Report, *, as_json: bool, extra: dict[str, Any] | None = None) -> None:
@@ -70,7 +92,12 @@ def show(report: Report, *, as_json: bool, extra: dict[str, Any] | None = None) 
 
 def show_json(data: dict[str, Any]) -> None:
     """A result that a program reads, on stdout and nothing else."""
-    out.file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write(text: str) -> None:
+    """Text as it is, on the command's own stdout."""
+    (_results[-1] if _results else out.file).write(text)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from thinet.cli import console, options
 from thinet.cli.files import check_output
-from thinet.cli.inputs import example, network, pictures
+from thinet.cli.inputs import example, pictures, trained
 from thinet.errors import OptionError
 from thinet.export.check import TOLERANCE, Exported
 from thinet.export.onnx import OPSET, to_onnx
@@ -55,7 +55,7 @@ def export(
         check_output(onnx, force=force, suffixes=(".onnx",))
     if exported_program is not None:
         check_output(exported_program, force=force, suffixes=(".pt2",))
-    named = network(model, weights, classes=classes, device="cpu")
+    named = trained(model, weights, classes=classes, device="cpu")
     side = pictures(named.model, size, None, None).size
     inputs = example(named.model, side, batch=fixed_batch or 1)
     dynamic = fixed_batch is None

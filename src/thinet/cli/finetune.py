@@ -8,22 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
+from thinet import __version__
 from thinet.augment import Crop
 from thinet.checkpoint import save
 from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_folder, check_output, write_report
-from thinet.cli.folders import labelled
-from thinet.cli.inputs import example, network, pictures
+from thinet.cli.folders import check_classes, labelled
+from thinet.cli.inputs import (
+    example,
+    network,
+    pictures,
+    prepared_as,
+    trained,
+    weights_as,
+)
 from thinet.count import count
 from thinet.errors import OptionError
 from thinet.plan import Plan
 from thinet.report.data import Network, Report
+from thinet.report.rows import sgd_facts
+from thinet.report.text import counted
 from thinet.thin import thin as without_zero_taps
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 from thinet.train.evaluate import evaluate
 from thinet.train.finetune import finetune as train
 from thinet.train.group_sparsity import GroupSparsity
 from thinet.train.processes import current
+from thinet.types import Progress
 
 
 def finetune(
@@ -92,6 +103,8 @@ def finetune(
             "Default: OUT.run, removed at the end.",
         ),
     ] = None,
+    start_over: options.StartOver = False,
+    max_corrupt: options.MaxCorrupt = 0.01,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -122,20 +135,26 @@ def finetune(
         clip_norm=clip, accumulate=accumulate, mixed_precision=precision, seed=seed,
         group_sparsity=_taps(group_sparsity, group_keep, group_truncate, group_layers),
     )  # fmt: skip
-    named = network(model, weights, classes=classes, device=device)
+    named = trained(model, weights, classes=classes, device=device)
     dense = network(model, teacher, classes=classes, device=device).model if teacher else None
     prepared = pictures(named.model, size, mean, std)
-    counts = count(named.model, example(named.model, prepared.size))
-    console.keeps(f"the run's state is kept in {folder}; the same command goes on from there")
+    inputs = example(named.model, prepared.size)
+    counts = count(named.model, inputs)
+    console.keeps(options.goes_on(f"the run's state is kept in {folder}", start_over))
     with console.progress() as told:
         images = labelled(
-            data, prepared, batch=batch, train=True, crop=crop, flip=flip, seed=seed, progress=told
+            data, prepared, batch=batch, train=True, crop=crop, flip=flip, seed=seed,
+            max_corrupt=max_corrupt, progress=told,
+        )  # fmt: skip
+        held = validation and labelled(
+            validation, prepared, batch=batch, max_corrupt=max_corrupt, progress=told
         )
-        held = validation and labelled(validation, prepared, batch=batch, progress=told)
+        notes = check_classes(named.model, inputs, images, held or None)
         before = evaluate(named.model, held, device=device).top1 if held else None
         result = train(
             named.model, images, epochs=epochs, config=config, validation=held or None,
-            teacher=dense, checkpoint=folder, progress=told, device=device,
+            teacher=dense, checkpoint=folder, resume=not start_over, progress=Resumed(told),
+            device=device,
             on_epoch=lambda r: console.say(
                 f"epoch {r.epoch} of {epochs}: loss {r.loss:.4f}"
                 + (f", top-1 {100 * r.validation.top1:.2f}%" if r.validation else "")
@@ -145,12 +164,13 @@ def finetune(
     if not current(device).main:
         return  # of several processes one writes and reports
     curve = tuple(r.validation.top1 for r in result.history if r.validation is not None)
-    trained, plan = result.model, named.plan or Plan()
+    tuned, plan = result.model, named.plan or Plan()
     if thin:
-        made = without_zero_taps(trained)
-        trained, plan = made.model, plan.then(made.plan)
-        counts = count(trained, example(trained, prepared.size))
-    save(out, trained, plan)
+        made = without_zero_taps(tuned)
+        tuned, plan = made.model, plan.then(made.plan)
+        counts = count(tuned, inputs)
+    save(out, tuned, plan)
+    console.say(f"wrote {out}")
     if state is None:
         shutil.rmtree(folder, ignore_errors=True)
     shown = Report(
@@ -161,11 +181,43 @@ def finetune(
                 top1_tuned=curve[-1] if curve else None, curve=curve,
             ),
         ),
-        facts=(("written to", str(out)), ("epochs", str(epochs)), ("seed", str(seed))),
+        notes=notes,
+        facts=(
+            ("weights", weights_as(weights)), ("teacher", str(teacher or "none")),
+            ("data", str(data)), ("validation", str(validation or "none")),
+            ("pictures", prepared_as(named.model, prepared, size, mean, std)),
+            ("crop", crop + (", mirrored" if flip else "")),
+            ("epochs", str(epochs)), ("learning rate", _rates(config)), *sgd_facts(config, batch),
+            ("seed", str(seed)), ("thinet", __version__),
+            ("written to", str(out)),
+        ),
     )  # fmt: skip
     if report is not None:
         write_report(shown, report)
+        console.say(f"wrote {report}")
     console.show(shown, as_json=as_json)
+
+
+def _rates(config: FinetuneConfig) -> str:
+    falls = f" after epochs {', '.join(map(str, config.milestones))}" if config.milestones else ""
+    return f"{config.lr:g}, {config.schedule}{falls}"
+
+
+class Resumed:
+    """Progress of the training that first says where a stopped run goes on."""
+
+    def __init__(self, told: Progress) -> None:
+        self._told, self._first = told, True
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._first and what.startswith("epoch "):  # as "epoch 3 of 10"
+            self._first = False
+            whole, begun = int(what.split()[1]) - 1, done - 1
+            parts = [f"epoch {whole}"] if whole else []
+            parts += [counted(begun, "step")] if begun else []
+            if parts:
+                console.say(f"going on after {' and '.join(parts)}")
+        self._told(what, done, total)
 
 
 def _taps(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from thinet.checkpoint import KEY, load, load_plan
+from thinet.cli import console
 from thinet.cli.options import triple
-from thinet.errors import OptionError
+from thinet.errors import ModelError, OptionError
 from thinet.images import Preprocess
 from thinet.models import resolve
 from thinet.plan import Plan
@@ -35,10 +37,42 @@ def network(
         ModelError, CheckpointError, OptionError: see `thinet.models.resolve` and `thinet.load`.
     """
     where = chosen_device(device)
-    if weights is not None and holds_plan(weights):
-        model = load(weights, resolve(spec, num_classes=classes))
-        return Named(spec, model.to(where).eval(), load_plan(weights))
-    return Named(spec, resolve(spec, weights=weights, num_classes=classes, device=where), None)
+    try:
+        if weights is not None and holds_plan(weights):
+            model = load(weights, resolve(spec, num_classes=classes))
+            return Named(spec, model.to(where).eval(), load_plan(weights))
+        return Named(spec, resolve(spec, weights=weights, num_classes=classes, device=where), None)
+    except SystemExit as error:
+        raise ModelError(
+            f"{spec} ended the program while it was made: sys.exit({error.code!r}); let it return "
+            "the network or raise an error"
+        ) from error
+
+
+def trained(
+    spec: str, weights: Path | None, *, classes: int | None = None, device: str | None = None
+) -> Named:
+    """`network`, for commands whose result hangs on the weights: says it where none are given."""
+    named = network(spec, weights, classes=classes, device=device)
+    if weights is None:
+        console.warn(_unweighted(spec))
+    return named
+
+
+def _unweighted(spec: str) -> str:
+    if spec.startswith(("torchvision:", "timm:")):
+        return (
+            f"no --weights: those of {spec} are random numbers; --weights FILE gives trained ones"
+        )
+    return (
+        f"no --weights: those that {spec} makes are used, random ones if it loads none; "
+        "--weights FILE gives others"
+    )
+
+
+def weights_as(weights: Path | None) -> str:
+    """For a report: where the weights are from."""
+    return "as the model is made" if weights is None else str(weights)
 
 
 def holds_plan(path: Path) -> bool:
@@ -73,14 +107,37 @@ def pictures(model: nn.Module, size: int | None, mean: str | None, std: str | No
     Raises:
         OptionError: a number is out of its range.
     """
-    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    own = own if isinstance(own, dict) else {}
-    usual = Preprocess()
+    own, usual = _own(model), Preprocess()
     return Preprocess(
         size=int(own.get("input_size", (3, usual.size, usual.size))[-1]) if size is None else size,
         mean=triple("mean", mean) or tuple(own.get("mean", usual.mean)),
         std=triple("std", std) or tuple(own.get("std", usual.std)),
     )
+
+
+def prepared_as(
+    model: nn.Module, prepared: Preprocess, size: int | None, mean: str | None, std: str | None
+) -> str:
+    """For a report: what `pictures` made of these arguments, and where each number is from."""
+
+    def source(option: str, given: object, key: str) -> str:
+        if given is not None:
+            return f"--{option}"
+        return "the model's default_cfg" if key in _own(model) else "ImageNet's"
+
+    def numbers(values: tuple[float, float, float]) -> str:
+        return ",".join(f"{value:g}" for value in values)
+
+    return (
+        f"{prepared.size} x {prepared.size} ({source('size', size, 'input_size')}), "
+        f"mean {numbers(prepared.mean)} ({source('mean', mean, 'mean')}), "
+        f"std {numbers(prepared.std)} ({source('std', std, 'std')})"
+    )
+
+
+def _own(model: nn.Module) -> dict[str, Any]:
+    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return own if isinstance(own, dict) else {}
 
 
 def example(model: nn.Module, size: int, *, batch: int = 1) -> torch.Tensor:

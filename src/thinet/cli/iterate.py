@@ -9,20 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
+from thinet import __version__
 from thinet import data as folders
 from thinet.augment import Crop
 from thinet.checkpoint import save
 from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_folder, check_output, write_report
-from thinet.cli.folders import labelled
-from thinet.cli.inputs import example, network, pictures
+from thinet.cli.folders import check_classes, labelled
+from thinet.cli.inputs import example, pictures, prepared_as, trained, weights_as
 from thinet.count import count
 from thinet.iterate import iterate as step_by_step
 from thinet.loop import IterateResult
 from thinet.plan import Plan
 from thinet.prune_options import Repair, Sampling
 from thinet.recipes import resolve
+from thinet.recipes.recipe import Recipe
 from thinet.report.data import Group, Network, Report
+from thinet.report.rows import sgd_facts
+from thinet.report.text import counted
 from thinet.steps import StepRecord
 from thinet.trace.analyse import find_groups
 from thinet.train.config import FinetuneConfig, Precision
@@ -94,6 +98,8 @@ def iterate(
             "Default: OUT.run, removed at the end.",
         ),
     ] = None,
+    start_over: options.StartOver = False,
+    max_corrupt: options.MaxCorrupt = 0.01,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -117,42 +123,60 @@ def iterate(
         check_output(report, force=force, suffixes=REPORTS)
     folder = state or out.with_name(out.name + ".run")
     check_folder(folder.parent)
-    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip)
+    asked: dict[str, Any] = options.strategy(
+        recipe, only, skip, macs=macs, params=params, keep=keep
+    )
     config = FinetuneConfig(weight_decay=weight_decay, mixed_precision=precision, seed=seed)
-    named = network(model, weights, classes=classes, device=device)
+    named = trained(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     if recipe is not None:  # whether it fits is known before any image is read
         asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
         del asked["keep"]
     before = count(named.model, inputs)
-    console.keeps(f"the run's state is kept in {folder}; the same command goes on from there")
+    console.keeps(options.goes_on(f"the run's state is kept in {folder}", start_over))
     with console.progress() as told:
         train = labelled(
-            data, prepared, batch=batch, train=True, crop=crop, seed=seed, progress=told
+            data, prepared, batch=batch, train=True, crop=crop, seed=seed,
+            max_corrupt=max_corrupt, progress=told,
+        )  # fmt: skip
+        held = validation and labelled(
+            validation, prepared, batch=batch, max_corrupt=max_corrupt, progress=told
         )
-        held = validation and labelled(validation, prepared, batch=batch, progress=told)
         batches = folders.calibration_batches(
             calibration or data, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror, progress=told,
+            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror,
+            max_corrupt=max_corrupt, progress=told,
         )  # fmt: skip
+        notes = check_classes(named.model, inputs, train, held or None, batches)
         dense = evaluate(named.model, held, device=device, progress=told).top1 if held else None
         result = step_by_step(
             named.model, inputs, batches, **asked, train=train, validation=held or None,
-            state_dir=folder, scale=scale, lr_scale=lr_scale, config=config, distill=distill,
-            criterion=criterion, repair=repair, sampling=sampling, seed=seed, device=device,
-            on_step=_say, progress=told,
+            state_dir=folder, resume=not start_over, scale=scale, lr_scale=lr_scale,
+            config=config, distill=distill, criterion=criterion, repair=repair, sampling=sampling,
+            seed=seed, device=device, on_step=_say, progress=told,
         )  # fmt: skip
     if not current(device).main:
         return  # of several processes one writes and reports
     save(out, result.model, (named.plan or Plan()).then(result.plan))
     if state is None:
         shutil.rmtree(folder, ignore_errors=True)
-    facts = (("written to", str(out)), ("recipe", result.recipe.name), ("seed", str(seed)))
+    console.say(f"wrote {out}")
+    facts = (
+        ("recipe", result.recipe.name), *options.cut_as(only, skip),
+        ("criterion", criterion), ("repair", repair), ("weights", weights_as(weights)),
+        ("teacher", "the dense network" if distill else "none"), ("data", str(data)),
+        ("validation", str(validation or "none")),
+        ("calibration", f"{batches.images} images of {calibration or data}"),
+        ("pictures", prepared_as(named.model, prepared, size, mean, std)), ("crop", crop),
+        *_schedule(result.recipe), *sgd_facts(config, batch), ("seed", str(seed)),
+        ("thinet", __version__), ("written to", str(out)),
+    )  # fmt: skip
     channels = {g.name: g.channels for g in find_groups(named.model, inputs)}
-    shown = _report(model, out, result, before, dense, channels, facts)
+    shown = _report(model, out, result, before, dense, channels, notes, facts)
     if report is not None:
         write_report(shown, report)
+        console.say(f"wrote {report}")
     console.show(shown, as_json=as_json)
 
 
@@ -170,6 +194,21 @@ def _say(step: StepRecord) -> None:
     )
 
 
+def _schedule(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """For a report: how long is trained after the steps, and at which rates."""
+    tunings = [step.tuning for step in recipe.steps]
+    rates = sorted({tuning.lr for tuning in tunings})
+    shown = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+    falls = any(tuning.milestones for tuning in tunings)
+    return (
+        (
+            "epochs",
+            f"{sum(tuning.epochs for tuning in tunings)} over {counted(len(tunings), 'step')}",
+        ),
+        ("learning rate", shown + (", a tenth after a step's milestones" if falls else "")),
+    )
+
+
 def _report(
     model: str,
     out: Path,
@@ -177,6 +216,7 @@ def _report(
     before: Counts,
     dense: float | None,
     channels: Mapping[str, int],
+    notes: tuple[str, ...],
     facts: tuple[tuple[str, str], ...],
 ) -> Report:
     last = result.steps[-1]
@@ -193,5 +233,7 @@ def _report(
         groups=tuple(
             Group(name, channels[name], kept) for name, kept in result.recipe.keep.items()
         ),
+        notes=notes,
         facts=facts,
+        steps=True,
     )  # fmt: skip

@@ -33,15 +33,22 @@ Data = Annotated[
 ]
 Size = Annotated[
     int | None,
-    typer.Option(metavar="PIXELS", help="Side of the input. Default: the model's own, else 224."),
+    typer.Option(
+        metavar="PIXELS",
+        help="Side of the input. Default: that of the model's `default_cfg`, else 224.",
+    ),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(metavar="R,G,B", help="Mean of each channel, 0..1. Default: the model's own."),
+    typer.Option(
+        metavar="R,G,B",
+        help="Mean of each channel, 0..1. Default: that of the model's `default_cfg`, else "
+        "ImageNet's.",
+    ),
 ]
 Std = Annotated[
     str | None,
-    typer.Option(metavar="R,G,B", help="Deviation of each channel, 0..1. Default: likewise."),
+    typer.Option(metavar="R,G,B", help="Deviation of each channel, 0..1. Default: as for --mean."),
 ]
 Classes = Annotated[
     int | None,
@@ -67,6 +74,16 @@ Mirror = Annotated[
         "--mirror",
         help="Mirror every second calibration image, for networks that were trained so.",
     ),
+]
+MaxCorrupt = Annotated[
+    float,
+    typer.Option(
+        help="Fraction of a folder's images that may be corrupt (one may always be); they are left "
+        "out."
+    ),
+]
+StartOver = Annotated[
+    bool, typer.Option("--start-over", help="Forget the state that a stopped run has left.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Choice = Annotated[
@@ -154,26 +171,41 @@ def fixed(given: Sequence[str] | None) -> dict[str, int | float]:
 
 def strategy(
     recipe: str | None,
-    macs: float | None,
-    params: float | None,
-    keep: float | None,
     only: Sequence[str] | None,
     skip: Sequence[str] | None,
-    latency: float | None = None,
+    **budgets: float | None,
 ) -> dict[str, Any]:
     """A recipe or a budget, as `thinet.iterate` takes them.
+
+    Args:
+        budgets: the command's own, by their names in `Budget`; `keep` goes with a recipe too.
 
     Raises:
         OptionError: both, or neither, or a budget that is out of range.
     """
+    given = {kind: fraction for kind, fraction in budgets.items() if fraction is not None}
     if recipe is None:
-        budget = Budget(macs=macs, params=params, latency=latency, keep=keep)
-        return {"budget": budget, "only": only or None, "skip": skip or None}
-    if not (macs is params is latency is None) or only or skip:
-        raise OptionError(
-            "--recipe says what is cut; leave --macs, --params, --latency, --only, --skip out"
-        )
+        if len(given) != 1:
+            names = ", ".join(f"--{kind}" for kind in budgets)
+            found = " and ".join(f"--{kind}" for kind in given) or "none"
+            raise OptionError(f"give one of --recipe, {names}; {found} given")
+        return {"budget": Budget(**given), "only": only or None, "skip": skip or None}
+    keep = given.pop("keep", None)
+    if given or only or skip:
+        names = ", ".join(f"--{kind}" for kind in budgets if kind != "keep")
+        raise OptionError(f"--recipe says what is cut; leave {names}, --only, --skip out")
     return {"recipe": recipe, "keep": keep}
+
+
+def goes_on(what: str, start_over: bool) -> str:
+    """What a stopped command leaves behind, and how it goes on."""
+    return f"{what}; the same command{' without --start-over' if start_over else ''} goes on there"
+
+
+def cut_as(only: Sequence[str] | None, skip: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """For a report: the patterns that chose the groups, if any."""
+    named = (("only", only), ("skip", skip))
+    return tuple((name, ", ".join(patterns)) for name, patterns in named if patterns)
 
 
 def shared_out(asked: Mapping[str, Any], **options: object) -> dict[str, object]:

@@ -45,7 +45,7 @@ def paper(
     """
     rows = sizes.table_4() if transfer else sizes.tables(stride)
     if as_json:
-        console.out.file.write(json.dumps([sizes.to_dict(row) for row in rows], indent=2) + "\n")
+        console.write(json.dumps([sizes.to_dict(row) for row in rows], indent=2) + "\n")
         return
     for number in sorted({row.table for row in rows}):
         chosen = [row for row in rows if row.table == number]
@@ -60,8 +60,8 @@ def paper(
 def _table(rows: Sequence[sizes.Row], title: str, transfer: bool) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("network", no_wrap=True)
-    for heading in ("params", "paper", "FLOPs", "paper", "paper top-1", "paper top-5"):
-        table.add_column(heading, justify="right")
+    for heading in ("params", "paper", "FLOPs", "paper", "paper\ntop-1", "paper\ntop-5"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         accuracies = (
             MISSING if a is None else f"{a:.2f}" for a in (row.paper_top1, row.paper_top5)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from thinet import __version__
 from thinet import data as folders
 from thinet.checkpoint import save
 from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_output, write_report
-from thinet.cli.folders import labelled
-from thinet.cli.inputs import example, network, pictures
+from thinet.cli.folders import check_classes, labelled
+from thinet.cli.inputs import example, pictures, prepared_as, trained, weights_as
 from thinet.plan import Plan
 from thinet.prune import prune as cut_and_repair
 from thinet.prune_options import Repair, Sampling, Widths
@@ -20,7 +21,16 @@ from thinet.recipes import resolve
 from thinet.recipes.apply import prune_by_recipe
 from thinet.repair import RepairSettings
 from thinet.report.data import Network, Report
-from thinet.report.rows import pruned_facts, pruned_groups, pruned_notes
+from thinet.report.rows import (
+    pruned_facts,
+    pruned_groups,
+    pruned_notes,
+    timed_where,
+    timing_notes,
+)
+from thinet.selection import check_names, select_groups
+from thinet.timing import latencies
+from thinet.trace.analyse import analyse
 from thinet.train.evaluate import evaluate
 
 
@@ -43,7 +53,10 @@ def prune(
     ] = None,
     latency: Annotated[
         float | None,
-        typer.Option(help="Fraction of the time of a forward pass that stays, measured here."),
+        typer.Option(
+            help="Fraction of the time of a forward pass that stays, measured here on one picture "
+            "(batch 1)."
+        ),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the channels of every group that stays.")
@@ -122,6 +135,7 @@ def prune(
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take each N-th image of --data only.")
     ] = 1,
+    max_corrupt: options.MaxCorrupt = 0.01,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -149,46 +163,78 @@ def prune(
     if report is not None:
         check_output(report, force=force, suffixes=REPORTS)
 
-    asked: dict[str, Any] = options.strategy(recipe, macs, params, keep, only, skip, latency)
+    asked: dict[str, Any] = options.strategy(
+        recipe, only, skip, macs=macs, params=params, latency=latency, keep=keep
+    )
     asked |= options.shared_out(asked, widths=widths, divisor=divisor, rounds=rounds)
     asked |= options.shared_out(asked, width=width) and {"fixed": options.fixed(width)}
     asked |= options.freed(asked, choice=choice, normalised=normalised)
     if refine is not None:
         asked["repair_settings"] = RepairSettings(refine=refine)
-    named = network(model, weights, classes=classes, device=device)
+    named = trained(model, weights, classes=classes, device=device)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     if recipe is not None:  # whether it fits is known before any image is read
         asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
         del asked["keep"]
+    if width:  # its names are known before any image is read
+        freed = {name: asked[name] for name in ("normalised", "choices")}
+        asked["analysis"] = analyse(named.model, inputs, **freed)
+        groups = select_groups(asked["analysis"].groups, asked["only"], asked["skip"])
+        check_names("--width", asked["fixed"], groups)
     plan, before, after = named.plan or Plan(), None, None
     with console.progress() as told:
-        held = data and labelled(data, prepared, batch=batch, every=every, progress=told)
-        if held is not None:  # whether the labels fit is known before the work
-            before = evaluate(named.model, held, device=device, progress=told).top1
+        held = data and labelled(
+            data, prepared, batch=batch, every=every, max_corrupt=max_corrupt, progress=told
+        )
         batches = folders.calibration_batches(
             calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror, progress=told,
+            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror,
+            max_corrupt=max_corrupt, progress=told,
         )  # fmt: skip
+        # whether the labels fit is known before the work
+        notes = check_classes(named.model, inputs, held or None, batches)
+        if held:
+            before = evaluate(named.model, held, device=device, progress=told).top1
         result = (cut_and_repair if recipe is None else prune_by_recipe)(
             named.model, inputs, batches, **asked, criterion=criterion, repair=repair,
             recalibrate=recalibrate, sampling=sampling, memory=memory, seed=seed, progress=told,
         )  # fmt: skip
         save(out, result.model, plan.then(result.plan))
-        if held is not None:
+        if held:
             after = evaluate(result.model, held, device=device, progress=told).top1
+    console.say(f"wrote {out}")
     done = result.report
+    times: tuple[float | None, ...] = (None, None)
+    if latency is not None:
+        timed = latencies({"before": named.model, out.name: result.model}, inputs)
+        times = tuple(t.best_ms for t in timed.values())
+        notes += (f"timed in turns: {timed_where(inputs)}", *timing_notes(timed))
     shown = Report(
         title=f"{model}, pruned",
         networks=(
-            Network("before", done.macs_before, done.params_before, top1=before),
-            Network(out.name, done.macs_after, done.params_after, top1=after),
+            Network("before", done.macs_before, done.params_before, times[0], before),
+            Network(out.name, done.macs_after, done.params_after, times[1], after),
         ),
         groups=pruned_groups(done),
-        notes=pruned_notes(done),
-        facts=(*pruned_facts(done), ("calibration", f"{batches.images} images of {calibration}"),
-               ("seed", str(seed)), ("written to", str(out))),
+        notes=(*pruned_notes(done), *notes),
+        facts=(
+            *pruned_facts(done), ("weights", weights_as(weights)), *options.cut_as(only, skip),
+            *_widths(result.plan.settings.get("widths"), divisor or 8),
+            ("calibration", f"{batches.images} images of {calibration}"),
+            ("pictures", prepared_as(named.model, prepared, size, mean, std)),
+            ("seed", str(seed)), ("thinet", __version__), ("written to", str(out)),
+        ),
     )  # fmt: skip
     if report is not None:
         write_report(shown, report)
+        console.say(f"wrote {report}")
     console.show(shown, as_json=as_json)
+
+
+def _widths(shared: str | None, divisor: int) -> tuple[tuple[str, str], ...]:
+    """For a report: how the budget was shared out."""
+    if shared is None:  # a recipe
+        return ()
+    by = shared if shared == "uniform" else f"by {shared}, multiples of {divisor} in wide groups"
+    return (("widths", by),)

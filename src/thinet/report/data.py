@@ -72,6 +72,8 @@ class Report:
         points: methods over budgets and seeds, compared with the first network.
         notes: sentences that a reader must not miss.
         facts: how it was made (command, seed, device, versions), name and value.
+        steps: the networks were cut and trained step by step: `curve` is over steps, and `top1`
+            of a smaller one was measured after its last cut.
     """
 
     title: str
@@ -82,6 +84,7 @@ class Report:
     points: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
+    steps: bool = False
 
     def __post_init__(self) -> None:
         names = [network.name for network in self.networks]
@@ -126,6 +129,7 @@ def from_dict(data: Mapping[str, Any]) -> Report:
             points=tuple(_point(p) for p in data.get("points", ())),
             notes=tuple(str(n) for n in data.get("notes", ())),
             facts=tuple((str(k), str(v)) for k, v in dict(data.get("facts", {})).items()),
+            steps=bool(data.get("steps", False)),
         )
     except KeyError as error:
         raise OptionError(f"not a report of thinet: it has no {error}") from error

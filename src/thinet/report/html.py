@@ -7,7 +7,7 @@ from html import escape
 
 from thinet.report import svg
 from thinet.report.chart import method_chart
-from thinet.report.data import Group, Network, Report
+from thinet.report.data import Group, Report
 from thinet.report.methods import method_table
 from thinet.report.text import Figure, columns, figures, locked_reasons
 
@@ -88,7 +88,7 @@ def render(report: Report) -> str:
     if report.points:
         parts += _methods(report)
     elif report.networks:
-        parts += ["<h2>Networks</h2>", _panel(_networks(report)), *_accuracy(report.networks)]
+        parts += ["<h2>Networks</h2>", _panel(_networks(report)), *_accuracy(report)]
     parts += _widths(report.groups)
     parts += _list("Locked groups", locked_reasons(report))
     parts += _list("Notes", report.notes)
@@ -146,17 +146,20 @@ def _methods(report: Report) -> list[str]:
     return [*parts, "<h2>Methods</h2>", *told, _panel(table)]
 
 
-def _accuracy(networks: Sequence[Network]) -> list[str]:
-    bars, lines = svg.accuracy_bars(networks), svg.curves(networks)
+def _accuracy(report: Report) -> list[str]:
+    networks = report.networks
+    bars, lines = svg.accuracy_bars(networks), svg.curves(networks, steps=report.steps)
     parts: list[str] = []
     if bars:
         parts.append("<h2>Accuracy</h2>")
         if any(n.top1_tuned is not None for n in networks):
-            caption = "Pale: with no training step after the cut. Full: after fine-tuning."
+            cut = "after the last cut" if report.steps else "with no training step after the cut"
+            caption = f"Pale: {cut}. Full: after fine-tuning."
             parts.append(f'<p class="caption">{caption}</p>')
         parts.append(_panel(bars))
     if lines:
-        parts += ["<h2>Fine-tuning</h2>", _panel(lines)]
+        parts += ["<h2>Step by step</h2>" if report.steps else "<h2>Fine-tuning</h2>"]
+        parts.append(_panel(lines))
     return parts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from thinet.cells import Comparison, Point, Spread
 from thinet.report.data import Network, Report
-from thinet.report.text import MISSING, amount, percent
+from thinet.report.text import MISSING, amount, counted, percent
 
 Column = tuple[str, Callable[[Point], str]]
 
@@ -36,7 +36,7 @@ def compared(comparison: Comparison, title: str, facts: tuple[tuple[str, str], .
     return Report(
         title=title,
         summary=(
-            f"{len(cells)} cells"
+            counted(len(cells), "cell")
             + (f", {failed} of them failed" if failed else "")
             + f". Dense: {percent(dense.top1)} top-1, {percent(dense.top5)} top-5 on "
             f"{dense.images} images."

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from thinet.outcome import PruneReport
 from thinet.report.data import Group
+from thinet.report.text import counted
 from thinet.surgery.apply import named_tensors
+from thinet.timing import Latency
 from thinet.trace.groups import layer_name
+from thinet.train.config import FinetuneConfig
 from thinet.types import ChannelGroup, Counts
 
 
@@ -95,3 +99,35 @@ def pruned_facts(report: PruneReport) -> tuple[tuple[str, str], ...]:
     if report.refined:
         repair += f", {len(report.refined)} pairs of layers refitted together"
     return (("criterion", report.criterion), ("repair", repair), ("seconds", seconds))
+
+
+def timed_where(inputs: Tensor) -> str:
+    """What decides a timing besides the network."""
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"batch {len(inputs)}, {threads}, on {inputs.device}"
+
+
+def timing_notes(timed: Mapping[str, Latency]) -> tuple[str, ...]:
+    """How far the runs of each network lie apart, and a warning where that is far."""
+    spreads = [
+        f"{name}: {t.low_ms:.3g} to {t.high_ms:.3g} ms, median {t.median_ms:.3g}, "
+        f"{counted(t.runs, 'run')}"
+        for name, t in timed.items()
+    ]
+    if any(t.scattered for t in timed.values()):
+        spreads.append(
+            "these timings scatter: the machine does other work; the fastest run of each is shown, "
+            "measure again when it is quiet"
+        )
+    return tuple(spreads)
+
+
+def sgd_facts(config: FinetuneConfig, batch: int) -> tuple[tuple[str, str], ...]:
+    """How it was trained, name and value; the learning rate and its schedule are said elsewhere."""
+    several = f", {config.accumulate} of them a step" if config.accumulate > 1 else ""
+    mixed = "not mixed" if config.mixed_precision == "no" else f"mixed, {config.mixed_precision}"
+    return (
+        ("momentum, weight decay", f"{config.momentum:g}, {config.weight_decay:g}"),
+        ("batch", f"{batch}{several}"),
+        ("precision", mixed),
+    )

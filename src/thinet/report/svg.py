@@ -14,7 +14,8 @@ LABEL = 190
 
 
 def accuracy_bars(networks: Sequence[Network]) -> str:
-    """One row a network: top-1 without training (pale) and after fine-tuning (full)."""
+    """One row a network: top-1 without training (pale) and after fine-tuning (full); the first of
+    several is what the others are compared with, and grey."""
     shown = [n for n in networks if n.best is not None]
     if not shown:
         return ""
@@ -25,13 +26,14 @@ def accuracy_bars(networks: Sequence[Network]) -> str:
     body = [_grid(span, top, height - 22)]
     for i, network in enumerate(shown):
         y = top + i * row
-        body.append(text(LABEL - 10, y + row / 2, network.name, "end", "name"))
+        name = network.name
+        body.append(text(LABEL - 10, y + row / 2, _fit(name), "end", "name", name))
         pair = [(network.top1, "pale"), (network.top1_tuned, "full")]
         bars = [(v, c if tuned and network.top1_tuned is not None else "full") for v, c in pair]
         bars = [(value, css) for value, css in bars if value is not None]
         thick = (row - 8) / len(bars)
         for j, (value, css) in enumerate(bars):
-            kind = "dense" if network is networks[0] else css
+            kind = "dense" if len(networks) > 1 and network is networks[0] else css
             at = y + 4 + j * thick
             body.append(rect(LABEL, at, span * value, thick - 1, kind))
             label = percent(value)
@@ -48,12 +50,15 @@ def _grid(span: float, top: float, bottom: float) -> str:
     return "".join(parts)
 
 
-def curves(networks: Sequence[Network]) -> str:
-    """Top-1 after each epoch of fine-tuning, a line a network, the dense network dashed."""
-    lines = [(n, ((n.top1,) if n.top1 is not None else ()) + n.curve) for n in networks if n.curve]
-    if not lines:
+def curves(networks: Sequence[Network], *, steps: bool = False) -> str:
+    """Top-1 after each epoch of fine-tuning (or each step of cutting and training), a line a
+    network, the dense network dashed."""
+    curved = [n for n in networks if n.curve]
+    if not curved:
         return ""
-    first = 0 if all(n.top1 is not None for n, _ in lines) else 1
+    untrained = not steps and all(n.top1 is not None for n in curved)
+    lines = [(n, ((n.top1 or 0.0,) if untrained else ()) + n.curve) for n in curved]
+    first = 0 if untrained else 1
     dense = networks[0].best if not networks[0].curve else None
     values = [v for _, line in lines for v in line] + ([] if dense is None else [dense])
     low, high, step = ticks(min(values), max(values))
@@ -73,7 +78,8 @@ def curves(networks: Sequence[Network]) -> str:
     for epoch in range(last + 1):
         label = "no training" if epoch + first == 0 else str(epoch + first)
         body.append(text(place(epoch, low)[0], bottom + 16, label, "middle", "tick"))
-    body.append(text((left + right) / 2, bottom + 34, "epochs of fine-tuning", "middle", "tick"))
+    across = "steps, each cut and trained" if steps else "epochs of fine-tuning"
+    body.append(text((left + right) / 2, bottom + 34, across, "middle", "tick"))
     ends: list[tuple[float, str, str]] = []
     if dense is not None:
         y = place(0, dense)[1]
@@ -89,8 +95,8 @@ def curves(networks: Sequence[Network]) -> str:
             body.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="3">{tip}</circle>')
         ends.append((place(0, line[-1])[1], network.name, f"text{i % 6}"))
     for y, name, css in spread(ends, 15.0):
-        body.append(text(right + 10, y, name, "start", css))
-    return drawing(bottom + 46, "Top-1 accuracy over the epochs of fine-tuning", body)
+        body.append(text(right + 10, y, _fit(name, 24), "start", css, name))
+    return drawing(bottom + 46, f"Top-1 accuracy over the {across}", body)
 
 
 def widths(groups: Sequence[Group]) -> str:

@@ -34,6 +34,11 @@ def milliseconds(value: float | None) -> str:
     return MISSING if value is None else f"{_digits(value)} ms"
 
 
+def counted(number: int, what: str) -> str:
+    """(1, 'thread') -> '1 thread', (2, 'thread') -> '2 threads'."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def times(before: float | None, after: float | None) -> str:
     """How many times smaller: (4.0, 1.0) -> '4.00x'; empty where one of them is not known."""
     return f"{before / after:.2f}x" if before and after else ""
@@ -99,7 +104,8 @@ def columns(report: Report) -> tuple[Column, ...]:
             shown.append(("faster", compared(lambda n: n.latency_ms)))
     if any(n.top1 is not None for n in report.networks):
         tuned = any(n.top1_tuned is not None for n in report.networks)
-        shown.append(("untrained top-1" if tuned else "top-1", lambda n: percent(n.top1)))
+        cut = "after the last cut" if report.steps else "untrained top-1"
+        shown.append((cut if tuned else "top-1", lambda n: percent(n.top1)))
     if any(n.top1_tuned is not None for n in report.networks):
         shown.append(("fine-tuned top-1", lambda n: percent(n.top1_tuned)))
     return tuple(shown)
