@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ import thinet
 from thinet import demo
 from thinet.checkpoint import read
 from thinet.cli.app import COMMANDS, run
+from thinet.errors import ModelError
 from thinet.report.data import from_dict
+from thinet.train.evaluate import evaluate
 from thinet.train.processes import Processes
 
 NET = """
@@ -191,6 +194,31 @@ def test_the_width_of_a_group_can_be_said(thin: Run, tmp_path: Path) -> None:
         assert says in said
 
 
+def test_choosing_can_go_by_the_loss(thin: Run, tmp_path: Path) -> None:
+    out = tmp_path / "heard.safetensors"
+    assert thin(*PRUNE, "--keep", "0.5", "--loss-aware", "--out", str(out))[0] == 0
+    assert read(out)[0].settings["loss_aware"] is True
+
+
+def test_the_model_is_written_before_it_is_scored(
+    thin: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def fails_in_the_end(model: torch.nn.Module, *rest: Any, **options: Any) -> Any:
+        scored.append(sum(p.numel() for p in model.parameters()))
+        if len(scored) > 1:
+            raise ModelError("no score")
+        return evaluate(model, *rest, **options)
+
+    monkeypatch.setattr("thinet.cli.prune.evaluate", fails_in_the_end)
+    out = tmp_path / "kept.safetensors"
+    code, _, said = thin(*PRUNE, "--keep", "0.5", "--data", "images", "--out", str(out))
+    assert code == 2 and "no score" in said
+    assert scored[1] < scored[0]
+    assert read(out)[1]["4.weight"].shape == (4, 4, 3, 3)
+
+
 def test_the_same_seed_gives_the_same_file(thin: Run, tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in files:
@@ -341,6 +369,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no classes": (("evaluate", "net.py:build", "images/dark", "--size", "8"), "has no classes"),
     "no budget": ((*PRUNE, *OUT), "--recipe, --macs, --params, --latency, --keep; none given"),
     "two budgets": ((*PRUNE, *OUT, *HALF, "--keep", "1"), "--macs and --keep given"),
+    "loss of a recipe": (
+        (*PRUNE, *OUT, "--recipe", "resnet", "--loss-aware"), "leave --loss-aware out"
+    ),
     "widths without costs": (
         (*PRUNE, *OUT, "--keep", "0.5", "--widths", "uniform"),
         "--widths says how --macs or --params is shared out",

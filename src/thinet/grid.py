@@ -199,7 +199,7 @@ class Grid:
 
     def _drawn(self, seed: int) -> Drawn:
         device = next(self.dense.parameters(), torch.empty(0)).device
-        pairs = calibration_pairs(self.calibration(seed), device=device)
+        pairs = calibration_pairs(self.calibration(seed), device=device, like=self.inputs)
         leaves = tree_flatten([inputs for inputs, _ in pairs])[0]
         images = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         targets = {str(i): t for i, (_, t) in enumerate(pairs) if t is not None}

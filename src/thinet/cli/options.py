@@ -101,6 +101,14 @@ Normalised = Annotated[
         help="Also groups that a LayerNorm or its kin couples; cutting these is not exact.",
     ),
 ]
+LossAware = Annotated[
+    bool,
+    typer.Option(
+        "--loss-aware",
+        help="Choose channels and widths by what their loss costs the network's loss, to second "
+        "order; labels are drawn from the model's own answers.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over files that exist.")]
 ReportFile = Annotated[

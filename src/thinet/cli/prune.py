@@ -14,6 +14,7 @@ from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_output, write_report
 from thinet.cli.folders import check_classes, labelled
 from thinet.cli.inputs import example, pictures, prepared_as, trained, weights_as
+from thinet.errors import OptionError
 from thinet.plan import Plan
 from thinet.prune import prune as cut_and_repair
 from thinet.prune_options import Repair, Sampling, Widths
@@ -126,6 +127,7 @@ def prune(
     ] = None,
     choice: options.Choice = None,
     normalised: options.Normalised = False,
+    loss_aware: options.LossAware = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
     mirror: options.Mirror = False,
     data: Annotated[
@@ -169,6 +171,10 @@ def prune(
     asked |= options.shared_out(asked, widths=widths, divisor=divisor, rounds=rounds)
     asked |= options.shared_out(asked, width=width) and {"fixed": options.fixed(width)}
     asked |= options.freed(asked, choice=choice, normalised=normalised)
+    if loss_aware:
+        if recipe is not None:
+            raise OptionError("--recipe chooses as the paper does; leave --loss-aware out")
+        asked["loss_aware"] = True
     if refine is not None:
         asked["repair_settings"] = RepairSettings(refine=refine)
     named = trained(model, weights, classes=classes, device=device)
