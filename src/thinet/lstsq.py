@@ -184,7 +184,8 @@ def _validated(
         torch.add(before, 0.0, out=diagonal)
         missed = left - 2 * (change * lost).sum() + (change * (system @ change)).sum()
         free = max(1 - (degrees + 1) / rows, 1e-6)  # and one for the intercept
-        if (score := float(missed.clamp(min=0)) / free**2) < best:
+        score = max(float(missed), 1e-12 * float(left)) / free**2  # below is rounding
+        if score < (1 - 1e-6) * best:  # and so is what differs by less
             best, found = score, change
     return found
 
