@@ -498,9 +498,9 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
     first, second = again.stderr.readline(), again.stderr.readline()
     again.send_signal(signal.SIGINT)
     again.communicate(timeout=60)
-    done = re.match(r"going on after epoch (\d+)( and \d+ steps?)?$", first)
-    assert done is not None and int(done[1]) >= 2
-    assert second.startswith(f"epoch {int(done[1]) + 1} of 100000: ")
+    done = re.match(r"going on (after|at the end of) epoch (\d+)( and \d+ steps?)?$", first)
+    assert done is not None and int(done[2]) >= 2
+    assert second.startswith(f"epoch {int(done[2]) + (done[1] == 'after')} of 100000: ")
     code, _, err = thin(*command[3:], "3", "--lr", "0.5")
     assert code == 2
     assert f"{out}.run holds a training run that was started differently: " in err

@@ -280,3 +280,13 @@ def test_one_is_not_counted_in_the_plural(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     _, _, err = thin("bench", "net.py:build", "--size", "8", "--seconds", "0.01")
     assert "timing: batch 1, 1 thread, on cpu" in err
+
+
+def test_a_run_stopped_at_the_end_of_an_epoch_says_that(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Resumed(lambda *_: None)
+    progress.finished(3)
+    progress.finished(4)
+    progress("epoch 5 of 9", 1, 10)
+    assert capsys.readouterr().err == "going on at the end of epoch 3\n"

@@ -7,8 +7,6 @@ from thinet.criteria import Consumer
 from thinet.criteria.curves import (
     group_refit_errors,
     refit_errors,
-    removal_errors,
-    scale_errors,
 )
 from thinet.errors import CalibrationError, RepairError
 
@@ -24,20 +22,6 @@ def unexplained(rows: torch.Tensor, y: torch.Tensor) -> float:
     if rows.shape[1] == 0:
         return float(y.square().sum())
     return float((y - rows @ torch.linalg.lstsq(rows, y).solution).square().sum())
-
-
-def test_removal_errors_are_those_of_the_removed_sum():
-    parts = random(40, 5)
-    errors = removal_errors(parts.T @ parts, ORDER)
-    want = [float(parts[:, ORDER[:r]].sum(1).square().sum()) for r in range(6)]
-    assert errors == pytest.approx(want)
-
-
-def test_scale_errors_are_least_squares_over_the_parts():
-    parts = random(40, 5)
-    errors = scale_errors(parts.T @ parts, ORDER)
-    want = [unexplained(parts[:, ORDER[r:]], parts.sum(1, keepdim=True)) for r in range(6)]
-    assert errors == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.parametrize("units", [None, [0, 1, 2, 3, 4, 4, 1], [2, -1, 0, 3, 1, -1, 4]], ids=str)

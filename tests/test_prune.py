@@ -545,3 +545,21 @@ def test_two_positional_inputs_are_calibrated_in_the_form_of_the_example() -> No
     assert all(
         torch.equal(plain[n], nested[n]) and torch.equal(plain[n], labelled[n]) for n in plain
     )
+
+
+def test_the_precision_of_products_is_full_and_comes_back() -> None:
+    seen: set[str] = set()
+    model, x = randomise(Tiny()).eval(), images()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        thinet.prune(
+            model, x[:1], [x], budget=HALF,
+            progress=lambda *_: seen.add(torch.get_float32_matmul_precision()),
+        )  # fmt: skip
+        with pytest.raises(CalibrationError):
+            thinet.prune(model, x[:1], [], budget=HALF)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest"}

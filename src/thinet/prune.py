@@ -14,6 +14,7 @@ from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.rows import Rows
 from thinet.errors import BudgetError, OptionError, UnknownGroupError
+from thinet.observe import full_products
 from thinet.one_round import Pairs, Task, known_widths, one_round
 from thinet.outcome import Clock, PruneResult, joined, refitted, with_notes
 from thinet.prune_options import (
@@ -132,7 +133,8 @@ def prune(
     )  # fmt: skip
     check_network(model)
     check_budget(budget, options)
-    return _pruned(model, example_inputs, calibration, budget, options, analysis, progress)
+    with full_products():
+        return _pruned(model, example_inputs, calibration, budget, options, analysis, progress)
 
 
 def _pruned(

@@ -91,7 +91,8 @@ def check_network(model: object) -> None:
     """See that a model is one that can be run and cut.
 
     Raises:
-        OptionError: it is scripted, compiled, no module at all, or has no data.
+        OptionError: it is scripted, compiled, no module at all, has no data, or is on a device
+            without float64.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise OptionError(
@@ -103,6 +104,11 @@ def check_network(model: object) -> None:
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise OptionError(f"{empty[0]} has no data (it is on the meta device); load the weights")
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        raise OptionError(
+            "the model is on an Apple GPU, which has no float64, in which moments are summed and "
+            "weights solved; prune model.cpu() and move the result"
+        )
 
 
 def check_budget(budget: object, options: PruneOptions) -> None:

@@ -5,19 +5,16 @@ With x_c the part of a consumer's output that channel c makes (summed over its k
     G[c, c'] = E[sum over outputs of x_c x_c'] = sum over the taps block (c, c') of (W' W) * H,
 
 so that E || sum of x_c over c in T ||^2 = 1_T' G 1_T: ThiNet's objective (ICCV 2017, eq. 6) for the
-removed set T without a single sample. `Gamma` weighs outputs by the loss: W' Gamma W.
+removed set T without a single sample. Weighed by the loss, W is R W (`curvature.weighed`).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 _PANEL = 512  # columns of W' W made at a time
 _ROW_BLOCK = 1 << 23  # entries of the per-output parts made at a time by `gram_rows`
-_LARGEST = 8192  # columns above which H itself (0.5 GiB) is not worth its memory
 
 
 def gram(
@@ -25,8 +22,6 @@ def gram(
     weight: Tensor,
     units: Tensor | None = None,
     count: int | None = None,
-    *,
-    gamma: Tensor | None = None,
 ) -> Tensor:
     """G from the second moments of the consumer's input.
 
@@ -39,20 +34,18 @@ def gram(
         units: (C,) unit of each input channel, -1 for channels that are not of the group; None
             where channels are the units.
         count: number of units, needed where some unit may have no channel here.
-        gamma: (N, N) weights of the outputs, E[dL/dy dL/dy'] for the loss-aware objective.
 
     Returns:
         (units, units) float64, symmetric.
     """
     columns = _matrix(weight)
-    left = columns if gamma is None else gamma.to(columns) @ columns
     channels, size = weight.shape[1], columns.shape[1]
     taps = size // channels
     step = max(_PANEL // taps, 1) * taps
     total = second.new_zeros(channels, channels, dtype=torch.float64)
     for start in range(0, size, step):
         rows = slice(start, min(start + step, size))
-        part = second[rows, start:] * (columns[:, rows].T @ left[:, start:])
+        part = second[rows, start:] * (columns[:, rows].T @ columns[:, start:])
         block = part.view(-1, taps, (size - start) // taps, taps).sum((1, 3))
         total[start // taps : rows.stop // taps, start // taps :] = block
     total = total.triu() + total.triu(1).T
@@ -82,12 +75,6 @@ def unit_sums(parts: Tensor, units: Tensor, count: int | None = None) -> Tensor:
     return parts.new_zeros(len(parts), size).index_add_(1, units[member], parts[:, member])
 
 
-def output_energy(second: Tensor, weight: Tensor) -> float:
-    """E || W phi ||^2, the energy of a consumer's output without its bias: the sum of all of G."""
-    columns = _matrix(weight).to(second.dtype)
-    return float(((columns @ second) * columns).sum())
-
-
 def gram_rows(
     phi: Tensor,
     weight: Tensor,
@@ -106,7 +93,7 @@ def gram_rows(
 
     Args:
         phi: (rows, C * taps).
-        weight: (N, C, *kernel), dense over groups; `gamma` = L L' is applied as L' W.
+        weight: (N, C, *kernel), dense over groups.
         units, count: as for `gram`.
         sketch: replace the N outputs by this many random mixtures of them, all +-1, drawn anew in
             each call: an unbiased estimate at sketch / N of the cost.
@@ -146,18 +133,3 @@ def _columns_of_units(units: Tensor, count: int, taps: int) -> tuple[Tensor, Ten
     pick[columns[member], rank] = member
     present[columns[member], rank] = True
     return pick, present
-
-
-def gram_route(
-    columns: int, outputs: int, units: int, rows: int, largest: int = _LARGEST
-) -> Literal["second", "rows"]:
-    """Which way to G costs less: through H (`gram`) or straight from the rows (`gram_rows`).
-
-    Multiply-adds are columns^2 (rows + N) / 2 against rows * N * (columns + units^2); above
-    `largest` columns H is not formed at all.
-    """
-    if columns > largest:
-        return "rows"
-    through_second = columns**2 * (rows + outputs) / 2
-    through_rows = rows * outputs * (columns + units**2)
-    return "second" if through_second <= through_rows else "rows"

@@ -31,6 +31,7 @@ from thinet.report.text import counted
 from thinet.thin import thin as without_zero_taps
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 from thinet.train.evaluate import evaluate
+from thinet.train.finetune import EpochRecord
 from thinet.train.finetune import finetune as train
 from thinet.train.group_sparsity import GroupSparsity
 from thinet.train.processes import current
@@ -151,15 +152,19 @@ def finetune(
         )
         notes = check_classes(named.model, inputs, images, held or None)
         before = evaluate(named.model, held, device=device).top1 if held else None
+        resumed = Resumed(told)
+
+        def finished(r: EpochRecord) -> None:
+            resumed.finished(r.epoch)
+            scored = f", top-1 {100 * r.validation.top1:.2f}%" if r.validation else ""
+            console.say(
+                f"epoch {r.epoch} of {epochs}: loss {r.loss:.4f}{scored}, {r.seconds:.1f} s"
+            )
+
         result = train(
             named.model, images, epochs=epochs, config=config, validation=held or None,
-            teacher=dense, checkpoint=folder, resume=not start_over, progress=Resumed(told),
-            device=device,
-            on_epoch=lambda r: console.say(
-                f"epoch {r.epoch} of {epochs}: loss {r.loss:.4f}"
-                + (f", top-1 {100 * r.validation.top1:.2f}%" if r.validation else "")
-                + f", {r.seconds:.1f} s"
-            ),
+            teacher=dense, checkpoint=folder, resume=not start_over, progress=resumed,
+            device=device, on_epoch=finished,
         )  # fmt: skip
     if not current(device).main:
         return  # of several processes one writes and reports
@@ -218,6 +223,12 @@ class Resumed:
             if parts:
                 console.say(f"going on after {' and '.join(parts)}")
         self._told(what, done, total)
+
+    def finished(self, epoch: int) -> None:
+        """An epoch's end, which a run that was stopped after its last step comes to first."""
+        if self._first:
+            self._first = False
+            console.say(f"going on at the end of epoch {epoch}")
 
 
 def _taps(

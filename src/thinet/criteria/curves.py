@@ -15,30 +15,6 @@ RIDGE = 1e-6
 """Added to the second moments, relative to their mean diagonal, so that they can be inverted."""
 
 
-def removal_errors(gram: Tensor, removed: Sequence[int]) -> tuple[float, ...]:
-    """ThiNet's objective 1_T' G 1_T, no repair, for every first part T of the order.
-
-    Returns:
-        len(removed) + 1 errors, the first 0. They may fall where channels cancel each other.
-    """
-    index = torch.tensor(removed, device=gram.device)
-    ordered = gram.double()[index[:, None], index]
-    steps = ordered.diagonal() + 2 * ordered.tril(-1).sum(1)
-    return 0.0, *steps.cumsum(0).tolist()
-
-
-def scale_errors(
-    gram: Tensor, removed: Sequence[int], *, name: str = "the group"
-) -> tuple[float, ...]:
-    """Error with one least-squares scalar per kept channel, for every first part of the order.
-
-    Returns:
-        len(removed) + 1 non-decreasing errors, the first 0, the last 1' G 1.
-    """
-    ones = torch.ones(1, len(gram), dtype=gram.dtype, device=gram.device)
-    return refit_errors(gram, ones, removed, name=name)
-
-
 def refit_errors(
     second: Tensor,
     weight: Tensor,
