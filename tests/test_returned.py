@@ -168,3 +168,19 @@ def test_where_nothing_is_found_there_is_nothing_to_verify() -> None:
         thinet.cut(model, X, {"a": [0, 2, 5]})
     small: Any = thinet.cut(model, X, {"a": [0, 2, 5]}, verify=False)
     assert small.a.out_features == 3
+
+
+def test_a_cache_that_goes_back_into_the_model_is_no_output() -> None:
+    cache = type("Cache", (), {"__module__": "transformers.cache_utils"})
+    keys = type("DynamicCache", (cache,), {})
+
+    def cached(_: Net, h: Tensor, y: Tensor) -> dict[str, Any]:
+        kept = keys()
+        kept.layers = [h]
+        return {"logits": y, "past_key_values": kept}
+
+    net = Net(cached).eval()
+    free = {g.name: g.locked for g in thinet.find_groups(net, X)}
+    assert free["a"] is None and free["c"] is not None
+    small = thinet.cut(net, X, {"a": [0, 5, 7]})
+    assert small(X)["past_key_values"].layers[0].shape == (3, 3)

@@ -176,12 +176,19 @@ BARE = (
 """What outputs may hold beside tensors; arrays are made of what is taken out of them."""
 
 
+FED_BACK = ("transformers.cache_utils", "Cache")
+"""The class, by module and name, of what a language model returns for its own next step."""
+
+
 def plain(tree: Any, _seen: dict[int, Any] | None = None) -> Any:
     """Outputs as tuples and dicts, whatever classes the model wraps them in.
 
-    Objects become dicts of their attributes; those met before become None.
+    Objects become dicts of their attributes; those met before become None, and so does a cache of
+    keys and values, which goes back into the model and has its sizes from there.
     """
     seen = {} if _seen is None else _seen
+    if any((base.__module__, base.__name__) == FED_BACK for base in type(tree).__mro__):
+        return None
     if isinstance(tree, Mapping):
         more = {k: v for k, v in _attributes(tree).items() if tree.get(k) is not v}
         both = [*tree.items(), *((f".{name}", value) for name, value in more.items())]
