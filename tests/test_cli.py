@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import thinet
+from tests.pictures import Run
 from thinet import demo
 from thinet.checkpoint import read
-from thinet.cli.app import COMMANDS, run
+from thinet.cli.app import COMMANDS
 from thinet.errors import ModelError
 from thinet.report.data import from_dict
 from thinet.train.evaluate import evaluate
@@ -50,22 +51,6 @@ def broken():
 
 number = 3
 """
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def thin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, work: Path) -> Run:
-    """Run a command line in the folder `work`: exit code, stdout, stderr."""
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(list(arguments))
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

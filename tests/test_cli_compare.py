@@ -16,11 +16,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 import thinet
-from thinet.cli.app import run
+from tests.pictures import Run, draw
 from thinet.data import loader
 from thinet.models import resolve
 from thinet.report.data import from_dict
@@ -40,35 +39,14 @@ def build():
     )
 """
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with net.py and three classes of pictures."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "net.py").write_text(NET)
-    random = torch.Generator().manual_seed(0)
-    for number in range(3):
-        (folder / "images" / str(number)).mkdir(parents=True)
-        for i in range(8):
-            pixels = torch.randint(60 * number, 60 * number + 90, (8, 8, 3), generator=random)
-            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
-            picture.save(folder / "images" / str(number) / f"{i}.png")
+    draw(folder / "images", classes=3, each=8)
     return folder
-
-
-@pytest.fixture
-def thin(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(list(arguments))
-        return code, *capsys.readouterr()
-
-    return call
 
 
 COMPARE = (

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from thinet.cli.app import run
+from tests.pictures import Run, draw
 from thinet.cli.finetune import Resumed
 from thinet.cli.inputs import pictures, prepared_as
 from thinet.report.data import from_dict
@@ -53,37 +51,14 @@ def own():
     return model
 """
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with net.py and two classes of pictures."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "net.py").write_text(NET)
-    random = torch.Generator().manual_seed(0)
-    for number in range(2):
-        (folder / "images" / str(number)).mkdir(parents=True)
-        for i in range(6):
-            pixels = torch.randint(60 * number, 60 * number + 90, (8, 8, 3), generator=random)
-            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
-            picture.save(folder / "images" / str(number) / f"{i}.png")
+    draw(folder / "images", classes=2, each=6)
     return folder
-
-
-@pytest.fixture
-def thin(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in the folder `work`: exit code, stdout, stderr."""
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def commands(out: Path) -> dict[str, tuple[str, ...]]:

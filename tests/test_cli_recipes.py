@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import thinet
+from tests.pictures import Run, draw
 from thinet.cli.app import run
 from thinet.report.data import from_dict
 
@@ -29,8 +28,6 @@ def chain():
     return SmallVgg()
 """
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def thin(
@@ -38,13 +35,7 @@ def thin(
 ) -> Run:
     """Run a command line in a folder with net.py and images: exit code, stdout, stderr."""
     (tmp_path / "net.py").write_text(NET)
-    random = torch.Generator().manual_seed(0)
-    for number in range(5):
-        (tmp_path / "images" / str(number)).mkdir(parents=True)
-        for i in range(4):
-            pixels = torch.randint(40 * number, 40 * number + 60, (16, 16, 3), generator=random)
-            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
-            picture.save(tmp_path / "images" / str(number) / f"{i}.png")
+    draw(tmp_path / "images", classes=5, each=4, side=16, step=40)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
