@@ -118,7 +118,7 @@ def test_the_gram_is_half_the_squared_change_of_the_loss_to_first_order() -> Non
     seen = collect(
         model, [x for x, _ in data], program=analysis.program, groups=[group], roots=given
     )
-    stats = group_statistics(model, group, seen, roots=given)
+    stats = group_statistics(model, group, seen)
     assert stats.gram is not None
     gamma = found["second"].T @ found["second"]
     with torch.no_grad():

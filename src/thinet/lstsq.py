@@ -181,7 +181,7 @@ def _validated(
         root, jitter = cholesky(system, name)
         change = torch.cholesky_solve(lost, root)
         degrees = len(before) - float(((added + jitter) * _inverse_diagonal(root)).sum())
-        torch.add(before, 0.0, out=diagonal)
+        diagonal.copy_(before)
         missed = left - 2 * (change * lost).sum() + (change * (system @ change)).sum()
         free = max(1 - (degrees + 1) / rows, 1e-6)  # and one for the intercept
         score = max(float(missed), 1e-12 * float(left)) / free**2  # below is rounding

@@ -111,9 +111,9 @@ def one_round(
     """
     model, options, batches = task.model, task.options, [inputs for inputs, _ in pairs]
     groups = [g for g in task.groups if known is None or known[g.name] < g.channels]
-    seen, gradients, roots = _measured(task, groups, pairs)
+    seen, gradients = _measured(task, groups, pairs)
     clock.lap("measuring")
-    orders, curves, notes = _orders(task, groups, seen, gradients, roots)
+    orders, curves, notes = _orders(task, groups, seen, gradients)
     kept = dict(known) if known is not None else _widths(task, groups, curves)
     keep = {g.name: orders[g.name].keep(kept[g.name]) for g in groups if kept[g.name] < g.channels}
     notes += _of_the_cut(groups, keep)
@@ -154,7 +154,7 @@ def one_round(
 
 def _measured(
     task: Task, groups: Sequence[ChannelGroup], pairs: Pairs
-) -> tuple[Observations, Gradients, dict[int, Tensor] | None]:
+) -> tuple[Observations, Gradients]:
     """What the criterion, the error curves and the repair ask for, of the dense network."""
     options = task.options
     needs: Collection[str] = options.chosen_by.needs
@@ -183,21 +183,17 @@ def _measured(
         progress=task.progress,
     )
     if {"taylor", "taylor_fo"}.isdisjoint(needs):
-        return seen, Gradients(), roots
-    return seen, collect_gradients(task.model, pairs, groups), roots
+        return seen, Gradients()
+    return seen, collect_gradients(task.model, pairs, groups)
 
 
 def _orders(
-    task: Task,
-    groups: Sequence[ChannelGroup],
-    seen: Observations,
-    gradients: Gradients,
-    roots: Mapping[int, Tensor] | None,
+    task: Task, groups: Sequence[ChannelGroup], seen: Observations, gradients: Gradients
 ) -> tuple[dict[str, Order], dict[str, Sequence[float]], tuple[str, ...]]:
     """The order in which each group's units go, and the error at each width if it is wanted.
 
     By weight sum where the consumers could not be measured. Errors are those of a full refit, in
-    units of the signal that goes on, or with `roots` of the loss.
+    units of the signal that goes on, or of the loss where its curvature was observed.
 
     Raises:
         CalibrationError: the criterion can judge none of the groups.
@@ -208,7 +204,7 @@ def _orders(
     unmeasured: dict[str, str] = {}
     for group in groups:
         stats = replace(
-            group_statistics(task.model, group, seen, roots=roots, seed=task.options.seed),
+            group_statistics(task.model, group, seen, seed=task.options.seed),
             taylor=gradients.taylor.get(group.name),
             taylor_fo=gradients.taylor_fo.get(group.name),
         )

@@ -13,7 +13,7 @@ from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.rows import Rows
-from thinet.errors import BudgetError, OptionError, UnknownGroupError
+from thinet.errors import BudgetError, OptionError
 from thinet.observe import full_products
 from thinet.one_round import Pairs, Task, known_widths, one_round
 from thinet.outcome import Clock, PruneResult, joined, refitted, with_notes
@@ -27,7 +27,7 @@ from thinet.prune_options import (
 )
 from thinet.refine import AFFORDED, ITERATIONS, refine
 from thinet.repair import RepairSettings
-from thinet.selection import named_groups, select_groups
+from thinet.selection import check_names, named_groups, select_groups
 from thinet.store import Store
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
@@ -227,12 +227,8 @@ def _fixed(
             "fixed widths go with a budget of macs or params that is shared out by error"
         )
     Budget(keep=given)  # its checks
+    check_names("fixed", given, groups)
     known = {group.name: group for group in groups}
-    for name in given:
-        if name not in known:
-            raise UnknownGroupError(
-                f"fixed names {name!r}, which is none of the {len(known)} groups that are cut here"
-            )
     return {name: units(known[name], value) for name, value in given.items()}
 
 

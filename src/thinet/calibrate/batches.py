@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_map, tree_structure
 from thinet.errors import CalibrationError
 from thinet.types import ExampleInputs, as_call, tensors_in
 
-FORMS = "tensors, (inputs, target) pairs or dicts of keyword inputs"
-
 
 def calibration_inputs(
     calibration: Iterable[Any], *, device: torch.device, like: ExampleInputs | None = None
@@ -49,7 +47,7 @@ def calibration_pairs(
         if not tensors:
             raise CalibrationError(
                 f"calibration batch {number} is {type(batch).__name__} without a tensor; give "
-                f"{FORMS}"
+                "tensors, (inputs, target) pairs or dicts of keyword inputs"
             )
         for tensor in tensors:
             if tensor.numel() == 0:

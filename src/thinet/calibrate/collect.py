@@ -40,7 +40,8 @@ class Observations:
     `moments` of the consumers' inputs; where these would be too wide, or the paper's sampling was
     asked for, instead `grams` (units, units) by operation and group name, and the moments of the
     layer's `outputs`. `signals` are moments of the consumers' outputs as they go on, behind a
-    BatchNorm and with their shortcut. `zeros` are shares per input channel.
+    BatchNorm and with their shortcut. `zeros` are shares per input channel. `roots` say what an
+    output's error costs the loss, where that was asked for (`curvature`).
     """
 
     layers: Mapping[int, Layer]
@@ -50,6 +51,7 @@ class Observations:
     signals: dict[int, Moments] = field(default_factory=dict)
     zeros: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, LayerTargets] = field(default_factory=dict)
+    roots: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +67,6 @@ class Collector:
         halved: whether they are kept in half precision.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
-        roots: what an output's error costs the loss, where that is asked for (`curvature`).
         again: whether another pass has seen all but the moments of `measured`.
         measured: the consumers whose moments are taken in this pass.
     """
@@ -82,7 +83,6 @@ class Collector:
     rows: Rows
     seed: int
     store: Store | None = None
-    roots: Mapping[int, Tensor] | None = None
     again: bool = False
     measured: Collection[int] = ()
     share: float = 1.0
@@ -192,8 +192,7 @@ class Collector:
     ) -> Tensor:
         """(units, units), the mean over the rows of this batch, without second moments."""
         key = self.key[layer.op]
-        dense = dense_weight(weight, layer.geometry)
-        dense = dense if self.roots is None else weighed(dense, self.roots[key])
+        dense = weighed(dense_weight(weight, layer.geometry), self.found.roots.get(key))
         generator = torch.Generator().manual_seed(self.seed + key * 7919 + self.batch)
         if self.sampling == "paper":
             rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
@@ -233,7 +232,7 @@ def collect(
             each image, ThiNet section 3.2.1).
         rows: how many positions are sampled in each layer.
         store: where targets and moments rest, and what bounds them.
-        roots: of `collect_curvature`, for grams that are made on the way.
+        roots: of `collect_curvature`, for grams that are made on the way and for what follows.
 
     Raises:
         CalibrationError: activations that are not finite (names the layer), or batches that do
@@ -244,7 +243,7 @@ def collect(
     layers, traced = find_layers(execution.program(batches[0])), find_layers(program)
     key = same_layers(layers, traced)
     layers = {op: layer for op, layer in layers.items() if op in key}
-    found = Observations({key[op]: layer for op, layer in layers.items()})
+    found = Observations({key[op]: layer for op, layer in layers.items()}, roots=roots or {})
     consumers: dict[int, list[tuple[str, int, Tensor]]] = {}
     for group in groups:
         for site in group.sites:
@@ -273,7 +272,6 @@ def collect(
         rows=rows,
         seed=seed,
         store=store,
-        roots=roots,
     )
     images = sum(images_in(batch) for batch in batches)
     for turn, measured in enumerate(passes):

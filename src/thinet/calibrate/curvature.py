@@ -54,7 +54,8 @@ def collect_curvature(
     execution = Execution(model)
     layers, traced = find_layers(execution.program(batches[0][0])), find_layers(program)
     key = same_layers(layers, traced)
-    looked_at = {op: layer for op, layer in layers.items() if key.get(op) in set(wanted)}
+    asked = set(wanted)
+    looked_at = {op: layer for op, layer in layers.items() if key.get(op) in asked}
     sums: dict[int, Tensor] = {}
     images = sum(images_in(inputs) for inputs, _ in batches)
     for number, (inputs, targets) in enumerate(batches):

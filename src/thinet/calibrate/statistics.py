@@ -22,18 +22,11 @@ NATS = 2.0
 
 
 def group_statistics(
-    model: nn.Module,
-    group: ChannelGroup,
-    seen: Observations,
-    *,
-    roots: Mapping[int, Tensor] | None = None,
-    seed: int = 0,
+    model: nn.Module, group: ChannelGroup, seen: Observations, *, seed: int = 0
 ) -> GroupStatistics:
     """All that was observed about a group; what was not is missing.
 
-    Args:
-        roots: of `collect_curvature`: errors are then those of the loss, in nats, and not
-            fractions of an output's energy.
+    Where the curvature of the loss was observed, errors are in nats, not fractions of an energy.
     """
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
     consumers: list[Consumer] = []
@@ -46,21 +39,21 @@ def group_statistics(
         units = torch.tensor(site.units)
         # A copy: criteria are anyone's, and may work in place.
         weight = dense_weight(tensors[layer.weight], layer.geometry).clone()
-        if roots is not None:
-            weight = weighed(weight, roots[site.op])
+        root = seen.roots.get(site.op)
+        weight = weighed(weight, root)
         if site.op in seen.moments:
             covariance = seen.moments[site.op].covariance()
             centred = gram(covariance, weight)
-            energy = float(centred.sum()) if roots is None else NATS
+            energy = float(centred.sum()) if root is None else NATS
             gains, signal = None, energy
-            if site.op in seen.signals and roots is None:
+            if site.op in seen.signals and root is None:
                 gains = output_gains(layer.norm, len(weight), tensors)
                 signal = float(seen.signals[site.op].y_variance().sum())
             consumers.append(Consumer(weight, units, covariance, signal, gains))
             part = _about_zero(centred, weight, seen.moments[site.op].mean)
             part = fold_units(part, units, group.channels)
         elif site.op in seen.outputs:
-            energy = float(seen.outputs[site.op].y_variance().sum()) if roots is None else NATS
+            energy = float(seen.outputs[site.op].y_variance().sum()) if root is None else NATS
             consumers.append(Consumer(weight, units, None, energy))
             part = seen.grams.get((site.op, group.name))
         else:
