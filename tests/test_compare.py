@@ -237,6 +237,30 @@ def test_labels_are_the_same_where_a_criterion_reads_them(tmp_path: Path) -> Non
     assert run(0, "taylor").cells == both.cells[1:]
 
 
+def test_cells_hear_the_loss_where_they_look_at_outputs(tmp_path: Path) -> None:
+    half: dict[str, Any] = {"budget": thinet.Budget(keep=0.34), "repair": "none", "seed": 2}
+
+    def run(turn: int, **options: Any) -> Comparison:
+        return compared(
+            tmp_path, calibration=labelled(turn), budgets=[half["budget"]], repairs=["none"],
+            recalibrate=False, **QUICK, **options,
+        )  # fmt: skip
+
+    result = run(0, loss_aware=True)
+    for cell, heard in zip(result.cells, (True, False), strict=True):
+        small = thinet.prune(
+            plain_net(), EXAMPLE, labelled(0)(2), criterion=cell.criterion, loss_aware=heard, **half
+        ).model
+        assert cell.loss == evaluate(small, batches(6)).loss
+    deaf = thinet.prune(plain_net(), EXAMPLE, labelled(0)(2), **half).model
+    assert result.cells[0].loss != evaluate(deaf, batches(6)).loss
+    with pytest.raises(CheckpointError, match="differently: option.*loss_aware"):
+        run(0)
+    with pytest.raises(CheckpointError, match="differently: calibration labels was"):
+        run(1, loss_aware=True)
+    assert run(1, loss_aware=True, criteria=["random"]).cells == result.cells[1:]
+
+
 def test_cells_of_before_their_images_were_counted_stay(
     done: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

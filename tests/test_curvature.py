@@ -200,6 +200,8 @@ def test_what_cannot_be_weighed_is_refused() -> None:
     half = thinet.Budget(keep=0.5)
     with pytest.raises(OptionError, match="loss_aware"):
         thinet.prune(model, data[0][0], data, budget=half, loss_aware=True, sampling="paper")
+    with pytest.raises(OptionError, match="criterion 'weight-sum' does not look"):
+        thinet.prune(model, data[0][0], data, budget=half, loss_aware=True, criterion="weight-sum")
     maps = nn.Sequential(model.first, nn.ReLU(), model.second)
     with pytest.raises(CalibrationError, match="logits of shape"):
         thinet.prune(maps, data[0][0], data, budget=half, loss_aware=True)

@@ -42,6 +42,7 @@ def compare(
     divisor: int = 8,
     normalised: bool = False,
     choices: Mapping[str, str] | None = None,
+    loss_aware: bool = False,
     state_dir: str | Path,
     resume: bool = True,
     retry: bool = False,
@@ -71,6 +72,7 @@ def compare(
             dense network's outputs too.
         recalibrate: re-estimate BatchNorm statistics after each cut, which weak repairs need most.
         only, skip, sampling, widths, divisor, normalised, choices, verify: as for `thinet.prune`.
+        loss_aware: as for `thinet.prune`, in the cells where errors of outputs decide anything.
         state_dir: a folder for the state of this comparison alone.
         resume: False begins anew, whatever the folder holds.
         retry: cells that failed are tried again.
@@ -116,7 +118,7 @@ def compare(
         dense=model, inputs=example_inputs, calibration=_by_seed(calibration),
         validation=validation, criteria=criteria, repairs=repairs, budgets=_named(budgets),
         seeds=_seeds(seeds), cutting=cutting, training=tuning, verify=verify, device=device,
-        on_cell=on_cell, progress=progress,
+        on_cell=on_cell, progress=progress, loss_aware=loss_aware,
     ).run(Path(state_dir), resume=resume, retry=retry)  # fmt: skip
 
 

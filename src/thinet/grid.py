@@ -31,7 +31,7 @@ from thinet.errors import (
 from thinet.journal import Journal
 from thinet.outcome import PruneResult
 from thinet.prune import prune
-from thinet.prune_options import Repair
+from thinet.prune_options import PruneOptions, Repair
 from thinet.seeds import derive
 from thinet.selection import select_groups
 from thinet.trace.analyse import analyse
@@ -90,11 +90,6 @@ class Drawn:
     train: Any = None
     share: float = 1.0
 
-    def read_by(self, criterion: str) -> dict[str, Any]:
-        """What identifies all that a cell of this criterion depends on."""
-        reads = not READ_LABELS.isdisjoint(get(criterion).needs)
-        return {**self.facts, "calibration labels": self.labels if reads else None}
-
 
 @dataclass
 class Grid:
@@ -121,6 +116,7 @@ class Grid:
     device: str | None
     on_cell: OnCell | None
     progress: Progress | None
+    loss_aware: bool = False
 
     def run(self, folder: Path, *, resume: bool, retry: bool) -> Comparison:
         """All cells, those in the folder as they were written."""
@@ -156,7 +152,7 @@ class Grid:
                     self._tell(finished, plan, share)
 
                 cell = self._cell(blank, drawn, tell)
-                self._journal.add({**asdict(cell), "data": drawn.read_by(cell.criterion)})
+                self._journal.add({**asdict(cell), "data": self._read_by(cell, drawn)})
                 finished[cell.key] = cell
                 if self.on_cell is not None:
                     left = sum(one.key not in finished for one in plan)
@@ -184,6 +180,8 @@ class Grid:
             "option": dict(self.cutting),
             "training": None,
         }
+        if self.loss_aware:  # comparisons of before there was a choice are without
+            facts["option"]["loss_aware"] = True
         if self.training is not None:
             options = asdict(self.training.config)
             del options["log_dir"]
@@ -219,13 +217,21 @@ class Grid:
 
     def _check(self, cell: Cell, saved: Mapping[str, Any], drawn: Drawn, *, asked: bool) -> None:
         """Refuse to go on beside a cell that was made of other data."""
-        given = drawn.read_by(cell.criterion)
+        given = self._read_by(cell, drawn) if asked else dict(drawn.facts)
         known = {name: saved.get(name) for name in given}
         if "calibration images" not in saved:  # a line of before they were counted
             known["calibration images"] = given["calibration images"]
-        if not asked:  # labels may be read only where a criterion needs them
-            known["calibration labels"] = given["calibration labels"]
         self._journal.check(known, given)
+
+    def _hears_the_loss(self, cell: Cell) -> bool:
+        options = PruneOptions(criterion=cell.criterion, **self.cutting)
+        return self.loss_aware and options.can_hear_the_loss(self.budgets[cell.budget])
+
+    def _read_by(self, cell: Cell, drawn: Drawn) -> dict[str, Any]:
+        """What identifies all the data that a cell depends on."""
+        asks = not READ_LABELS.isdisjoint(get(cell.criterion).needs)
+        labels = drawn.labels if asks or self._hears_the_loss(cell) else None
+        return {**drawn.facts, "calibration labels": labels}
 
     def _written(
         self, lines: Sequence[Mapping[str, Any]]
@@ -260,7 +266,8 @@ class Grid:
         result = prune(
             self.dense, self.inputs, drawn.pairs, budget=self.budgets[cell.budget],
             criterion=cell.criterion, repair=cell.repair, seed=cell.seed,
-            analysis=self._analysis, verify=self.verify, progress=self.progress, **self.cutting,
+            loss_aware=self._hears_the_loss(cell), analysis=self._analysis, verify=self.verify,
+            progress=self.progress, **self.cutting,
         )  # fmt: skip
         score = evaluate(result.model, self.validation, device=self.device, progress=self.progress)
         cell = replace(
@@ -273,7 +280,7 @@ class Grid:
     def _kept_cut(self, cell: Cell, drawn: Drawn) -> tuple[Cell, nn.Module]:
         """The cut network as it lies on the disk, so that a killed training goes on from it."""
         path = self._journal.unfinished / "cut.safetensors"
-        data = drawn.read_by(cell.criterion)
+        data = self._read_by(cell, drawn)
         if path.exists():
             kept = load_plan(path).settings
             if kept["data"] == data and Cell.from_dict(kept["cell"]).key == cell.key:

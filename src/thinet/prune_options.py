@@ -12,13 +12,16 @@ from torch import nn
 from thinet.budget import Budget
 from thinet.calibrate.rows import Rows
 from thinet.criteria import get
-from thinet.criteria.base import Criterion
+from thinet.criteria.base import Criterion, Need
 from thinet.errors import OptionError
 from thinet.repair import RepairSettings
 
 Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
 Widths = Literal["error", "dynamic", "uniform"]
+
+WEIGHED: frozenset[Need] = frozenset({"gram", "hessians", "weights"})
+"""What a criterion sees of a consumer's outputs, which the curvature of the loss can weigh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,10 @@ class PruneOptions:
         """Whether the budget is shared out by error curves."""
         return self.widths != "uniform" and budget.kind != "keep" and self.sampling == "exact"
 
+    def can_hear_the_loss(self, budget: Budget) -> bool:
+        """Whether what goes depends on errors of outputs, so that `loss_aware` makes sense."""
+        return self.by_error(budget) or not WEIGHED.isdisjoint(self.chosen_by.needs)
+
 
 def check_network(model: object) -> None:
     """See that a model is one that can be run and cut.
@@ -124,3 +131,9 @@ def check_budget(budget: object, options: PruneOptions) -> None:
         )
     if budget.kind == "latency" and options.rounds not in (None, 1):
         raise OptionError("rounds are steps of a budget of macs or params, not of latency")
+    if options.loss_aware and not options.can_hear_the_loss(budget):
+        raise OptionError(
+            f"loss_aware weighs errors of outputs, at which criterion {options.criterion!r} does "
+            "not look; choose another criterion, such as 'thinet', or a budget of macs or params "
+            "that is shared out by error"
+        )

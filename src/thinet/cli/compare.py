@@ -98,6 +98,7 @@ def compare(
     ] = 8,
     choice: options.Choice = None,
     normalised: options.Normalised = False,
+    loss_aware: options.LossAware = False,
     images: Annotated[int, typer.Option(min=1, help="Calibration images to take.")] = 1000,
     mirror: options.Mirror = False,
     every: Annotated[
@@ -177,8 +178,8 @@ def compare(
             repairs=asked, seeds=seeds, **tuning, only=only or None,
             skip=skip or None, recalibrate=recalibrate, sampling=sampling, widths=widths,
             divisor=divisor, choices=options.choices(choice), normalised=normalised,
-            state_dir=out, resume=not start_over, retry=retry, device=device,
-            on_cell=_Teller(), progress=told,
+            loss_aware=loss_aware, state_dir=out, resume=not start_over, retry=retry,
+            device=device, on_cell=_Teller(), progress=told,
         )  # fmt: skip
     report = compared(
         result,
@@ -191,6 +192,7 @@ def compare(
                 "fine-tuning",
                 f"{counted(epochs, 'epoch')} on {train}, lr {lr:g}" if train else "none",
             ),
+            ("errors of outputs", "weighed by the loss" if loss_aware else "as they are"),
             ("BatchNorm", "re-estimated" if recalibrate else "as it was"),
             ("seeds", str(seeds)), ("cells", str(out / "cells.jsonl")),
         ),
