@@ -203,6 +203,21 @@ def test_with_few_rows_cross_validation_chooses_the_pull(rows):
     assert (weight - true).square().sum() < (plain - true).square().sum()
 
 
+@pytest.mark.parametrize("rows", [700, 1500])
+def test_a_wide_system_is_validated_by_estimated_traces(rows):
+    phi, prior = random(rows, 600, seed=rows) + 1, random(3, 600, seed=1)
+    true = prior + 0.05 * random(3, 600, seed=2)
+    target = phi @ true.T + random(rows, 3, seed=3)
+    seen = Moments(600, 3)
+    seen.add(phi, target)
+    weight, _ = solve_full(
+        seen.second, seen.mean, seen.cross, seen.y_mean, prior,
+        ridge=1e-3, rows=rows, y_variance=seen.y_variance(),
+    )  # fmt: skip
+    by_hand = validated_by_hand(phi, target, prior)
+    assert torch.allclose(weight, by_hand, atol=1e-6 * float(by_hand.abs().max()))
+
+
 def test_with_enough_rows_the_pull_is_the_one_that_was_asked_for():
     phi, prior = random(160, 20), random(3, 20, seed=1)
     target = phi @ prior.T + random(160, 3, seed=3)

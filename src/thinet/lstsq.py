@@ -18,6 +18,10 @@ is, as noise would be fitted: most of it where there are as many rows as columns
 
 _PULLS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # times the ridge that was asked for
 
+_ALONE = 2  # rows a column from which the score has one minimum, so that its first rise ends it
+
+_PROBES = 64  # random signs that estimate the trace of an inverse, where columns are more
+
 
 def cholesky(matrix: Tensor, name: str) -> tuple[Tensor, float]:
     """Lower factor of positive semi-definite matrices, their diagonals raised as little as needed.
@@ -173,27 +177,40 @@ def _validated(
         left: energy of what the old weights leave of the target.
     """
     diagonal = system.diagonal()
-    before = diagonal.clone()
+    before, probes = diagonal.clone(), _probes(len(diagonal)).to(system)
     best, found = torch.inf, torch.zeros_like(lost)
     for factor in _PULLS:
         added = pull * factor + noise
         torch.add(before, added, out=diagonal)
         root, jitter = cholesky(system, name)
-        change = torch.cholesky_solve(lost, root)
-        degrees = len(before) - float(((added + jitter) * _inverse_diagonal(root)).sum())
         diagonal.copy_(before)
-        missed = left - 2 * (change * lost).sum() + (change * (system @ change)).sum()
+        added = (added + jitter)[:, None]
+        solved = torch.cholesky_solve(torch.cat([lost, probes], 1), root)
+        change, answers = solved.split([lost.shape[1], probes.shape[1]], 1)
+        degrees = len(before) - float((added * probes * answers).sum())
+        # What is left of the target is left - 2 <change, lost> + <change, system change>, and the
+        # system as pulled times the change is lost.
+        missed = left - (change * (lost + added * change)).sum()
         free = max(1 - (degrees + 1) / rows, 1e-6)  # and one for the intercept
         score = max(float(missed), 1e-12 * float(left)) / free**2  # below is rounding
         if score < (1 - 1e-6) * best:  # and so is what differs by less
             best, found = score, change
-    return found
+        elif rows >= _ALONE * len(before):
+            break
+    return found.clone()  # not a view that keeps the probes' answers
 
 
-def _inverse_diagonal(root: Tensor) -> Tensor:
-    """Diagonal of the inverse of a matrix with this lower factor."""
-    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    return torch.linalg.solve_triangular(root, eye, upper=False).square().sum(0)
+def _probes(size: int) -> Tensor:
+    """(size, probes) Z with E[Z Z'] = 1, so that the sum of Z * (A Z) is about the trace of A.
+
+    All of the axes, and so the trace itself, where they are few; else random signs (Hutchinson,
+    1990), by which degrees of freedom have a standard error of a fifth of the root of `size`.
+    """
+    if size <= 8 * _PROBES:
+        return torch.eye(size, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (size, _PROBES), generator=generator).double()
+    return (2 * signs - 1) / _PROBES**0.5
 
 
 def _subtract_outer(matrix: Tensor, vector: Tensor) -> None:
