@@ -187,7 +187,7 @@ def validated_by_hand(phi: torch.Tensor, target: torch.Tensor, prior: torch.Tens
     return min(found, key=lambda pair: pair[0])[1]
 
 
-@pytest.mark.parametrize("rows", [12, 20, 21, 30, 60, 159])
+@pytest.mark.parametrize("rows", [12, 20, 21, 30, 60, 99])
 def test_with_few_rows_cross_validation_chooses_the_pull(rows):
     phi, prior = random(rows, 20, seed=rows) + 1, random(3, 20, seed=1)
     true = prior + 0.1 * random(3, 20, seed=2)
@@ -219,11 +219,11 @@ def test_a_wide_system_is_validated_by_estimated_traces(rows):
 
 
 def test_with_enough_rows_the_pull_is_the_one_that_was_asked_for():
-    phi, prior = random(160, 20), random(3, 20, seed=1)
-    target = phi @ prior.T + random(160, 3, seed=3)
+    phi, prior = random(100, 20), random(3, 20, seed=1)
+    target = phi @ prior.T + random(100, 3, seed=3)
     seen = Moments(20, 3)
     seen.add(phi, target)
     parts = seen.second, seen.mean, seen.cross, seen.y_mean
-    options = {"ridge": 1e-3, "rows": 160, "y_variance": seen.y_variance()}
+    options = {"ridge": 1e-3, "rows": 100, "y_variance": seen.y_variance()}
     assert torch.equal(solve_full(*parts, prior, **options)[0],
                        solve_full(*parts, prior, ridge=1e-3)[0])  # fmt: skip

@@ -12,7 +12,7 @@ _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on ea
 
 _CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
 
-FEW = 8
+FEW = 5
 """Rows for each column; with fewer, cross-validation decides how strong the pull to the old weights
 is, as noise would be fitted: most of it where there are as many rows as columns."""
 
