@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.nets import BasicResidualNet, ConcatNet, SharedConvNet
+from tests.nets import BasicResidualNet, BottleneckProjectionNet, ConcatNet, SharedConvNet
 from tests.oracle import randomise
 from thinet.calibrate import collect as module
 from thinet.calibrate import room
@@ -221,26 +221,49 @@ def test_moments_and_targets_are_of_the_same_positions() -> None:
 
 
 @torch.no_grad()
-def test_what_a_shortcut_adds_is_kept_at_the_layers_positions() -> None:
+def test_a_shortcut_that_another_layer_makes_is_kept_apart() -> None:
+    model = randomise(BottleneckProjectionNet()).eval()
+    x = model.example()
+    seen = observed(model, analyse(model, x), [x])
+    stem = F.relu(model.stem(x))
+    made = {
+        "conv3.weight": model.conv3(F.relu(model.conv2(F.relu(model.conv1(stem))))),
+        "downsample.0.weight": model.downsample[0](stem),
+    }
+    norms = {"conv3.weight": model.bn3, "downsample.0.weight": model.downsample[1]}
+    kept = {seen.layers[op].weight: kept for op, kept in seen.targets.items()}
+    for name, other in made.items():
+        theirs = next(n for n in made if n != name)
+        assert not kept[name].summed
+        close(kept[name].y[0], as_rows(other))
+        close(kept[name].shortcut[0], as_rows(norms[theirs](made[theirs])))
+    assert all(k.undo is None for name, k in kept.items() if name not in made)
+
+
+@torch.no_grad()
+def test_a_shortcut_that_is_there_before_the_layer_is_in_the_target() -> None:
     model = randomise(BasicResidualNet()).eval()
     x = model.example()
-    analysis = analyse(model, x)
-    seen = observed(model, analysis, [x])
-    added = {
-        seen.layers[op].weight: kept.shortcut for op, kept in seen.targets.items() if kept.shortcut
-    }
-    assert added
-    inputs: dict[str, Tensor] = {}
-    for name, child in model.named_modules():
-        child.register_forward_hook(lambda _, args, y, name=name: inputs.update({name: y.clone()}))
-    model(x)
-    for (shortcut,) in added.values():
-        assert any(
-            y.ndim == 4
-            and y.shape[1] == shortcut.shape[1]
-            and torch.allclose(y.movedim(1, -1).reshape(-1, y.shape[1]), shortcut, atol=1e-5)
-            for y in [*inputs.values(), *(F.relu(y) for y in inputs.values())]
-        )
+    seen = observed(model, analyse(model, x), [x])
+    kept = {seen.layers[op].weight: kept for op, kept in seen.targets.items()}
+    stem = F.relu(model.stem(x))
+    y = model.conv2(F.relu(model.bn1(model.conv1(stem))))
+    gain = model.bn2.weight / torch.sqrt(model.bn2.running_var + model.bn2.eps)
+    assert kept["conv2.weight"].summed and not kept["conv1.weight"].summed
+    close(kept["conv2.weight"].y[0], as_rows(y) + as_rows(stem) / gain)
+    without = observed(model, analyse(model, x), [x], shortcuts=False)
+    weights = {without.layers[op].weight: kept for op, kept in without.targets.items()}
+    apart = weights["conv2.weight"]
+    assert apart.undo is None
+    close(apart.y[0], as_rows(y))
+
+
+def as_rows(y: Tensor) -> Tensor:
+    return y.movedim(1, -1).reshape(-1, y.shape[1])
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_measured_that_was_not_asked_for() -> None:
@@ -320,7 +343,7 @@ def test_channels_are_chosen_from_half_of_the_rows() -> None:
 
 @torch.no_grad()
 def test_many_targets_are_kept_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(BasicResidualNet()).eval()
+    model = randomise(BottleneckProjectionNet()).eval()
     analysis, batches = analyse(model, model.example()), [model.example(), model.example()]
     exact = observed(model, analysis, batches)
     monkeypatch.setattr(module, "HALVED_FROM", 0)

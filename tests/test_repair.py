@@ -53,6 +53,7 @@ def repaired(
         program=analysis.program,
         groups=groups,
         targets=how == "full",
+        shortcuts=settings.shortcut,
         rows=Rows(per_column=0, least=10**9),
         store=store,
     )
@@ -482,50 +483,50 @@ def test_what_waits_in_a_file_gives_the_same_repair(net: Any) -> None:
 # --- shortcuts ------------------------------------------------------------------------------
 
 
+class Blocks(nn.Module):
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.a1, self.a2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1, bias=False)
+        self.bn = nn.BatchNorm2d(3)
+        self.b1, self.b2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(3)
+        self.inplace = inplace
+
+    def first(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.a2(F.relu(self.a1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.bn2(self.b2(F.relu(self.b1(y))))
+        return y.add_(z) if self.inplace else z + y
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_layer_makes_up_for_what_its_shortcut_has_lost(inplace: bool) -> None:
-    model, batches = randomise(Residual(inplace)).eval(), images()
-    with torch.no_grad():
-        model.stem.weight.zero_()
-        model.stem.weight[torch.arange(6), torch.arange(6) % 3] = 1  # 3..5 repeat 0..2
-        model.stem.bias.zero_()
-    keep = {"conv1": [0, 2, 3, 5, 6, 7]}
+    model, batches = randomise(Blocks(inplace)).eval(), images()
+    x, gaps = torch.cat(batches), {}
+    for name, settings in (("with", EXACT), ("without", RepairSettings(ridge=0, shortcut=False))):
+        small, _ = repaired(model, {"a1": [0, 1, 2]}, batches, settings=settings)
+        gaps[name] = float(F.mse_loss(small(x), model(x)))
+    assert 0 < gaps["with"] < 0.95 * gaps["without"], gaps
+
+
+def test_targets_with_shortcuts_are_not_for_a_repair_without() -> None:
+    model, batches = randomise(Blocks(False)).eval(), images()
     analysis = analyse(model, batches[0][:1])
-    stream = analysis.group("stem")
-    assert stream.channels == 6
-    x = torch.cat(batches)
-    without = RepairSettings(ridge=0.0, shortcut=False)
-    gaps = {}
-    for name, settings in (("with", EXACT), ("without", without)):
-        small, _ = repaired(model, keep | {"stem": [0, 1, 2, 4]}, batches, settings=settings)
-        dense, now = rows(model.stream(x)), rows(small.stream(x))
-        gaps[name] = float(F.mse_loss(now, dense[:, [0, 1, 2, 4]]))
-    assert gaps["with"] <= gaps["without"] * (1 + 1e-6)
+    seen = collect(model, batches, program=analysis.program, groups=())
+    plan = make_plan(analysis, model, {"a1": [0, 1, 2]})
+    small = apply_to_copy(model, plan)
+    with pytest.raises(OptionError, match="collect them with shortcuts=False"):
+        repair_full(small, plan, seen, batches, settings=RepairSettings(shortcut=False))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_shortcut_term_is_the_least_squares_of_the_sum(inplace: bool) -> None:
     """The first block's loss reaches the second by the shortcut; the second can undo it."""
-
-    class Blocks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a1, self.a2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1, bias=False)
-            self.bn = nn.BatchNorm2d(3)
-            self.b1, self.b2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(3)
-
-        def first(self, x: Tensor) -> Tensor:
-            return x + self.bn(self.a2(F.relu(self.a1(x))))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            z = self.bn2(self.b2(F.relu(self.b1(y))))
-            return y.add_(z) if inplace else z + y
-
-    model, batches = randomise(Blocks()).eval(), images()
+    model, batches = randomise(Blocks(inplace)).eval(), images()
     small, report = repaired(model, {"a1": [0, 1, 2]}, batches)
     assert report.refitted == ("a2", "b1", "b2")
     x = torch.cat(batches)

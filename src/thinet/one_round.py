@@ -174,6 +174,7 @@ def _measured(
         program=task.analysis.program,
         groups=groups if mixed else (),
         targets=options.repair == "full" or task.by_error,
+        shortcuts=options.repair == "full" and options.repair_settings.shortcut,
         zeros="zeros" in needs,
         sampling=options.sampling,
         rows=options.rows,

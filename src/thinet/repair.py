@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.layers import Affine, Layer, dropouts, find_layers, same_layers
+from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
@@ -105,8 +105,14 @@ def repair_full(
     Raises:
         RepairError: a system cannot be solved; names the layer. Nothing is changed then.
         CalibrationError: activations that are not finite.
+        OptionError: shortcuts are left out of the settings and are in the targets.
     """
     settings = settings or RepairSettings()
+    if not settings.shortcut and any(kept.undo is not None for kept in seen.targets.values()):
+        raise OptionError(
+            "RepairSettings(shortcut=False) takes targets without shortcuts; collect them with "
+            "shortcuts=False"
+        )
     return _Pass(small, plan, seen, batches, settings, store, progress).run()
 
 
@@ -247,6 +253,8 @@ class _Pass:
         """Why the uses of one weight cannot be refitted together."""
         if any(self.dense.get(use.op) not in self.seen.targets for use in together):
             return "the dense network has no such layer"
+        if any(self.seen.targets[self.dense[u.op]].summed and u.shortcut is None for u in together):
+            return "the dense network adds a shortcut to it"
         if any(use.uses != len(together) for use in together):
             return SHARED
         start = min(place[use.op] for use in together)
@@ -318,25 +326,16 @@ class _Pass:
         y, positions = targets.y[number], targets.positions[number]
         outputs = self.kept.get((layer.weight, 0))
         pick = None if outputs is None else torch.tensor(outputs, device=y.device)
+        undo, shortcut = targets.undo, layer.shortcut
         y = y if pick is None else y[:, pick]
-        shortcut = layer.shortcut
-        if not self.settings.shortcut or shortcut is None or not targets.shortcut:
+        if undo is None or shortcut is None or (not targets.summed and shortcut.id not in env):
             return y
-        if shortcut.id not in env:
-            return y
+        undo = undo if pick is None else undo[pick]
+        now = output_rows(env[shortcut.id], layer.geometry, positions)
+        if targets.summed:
+            return y - now * undo
         was = targets.shortcut[number]
-        was = was if pick is None else was[:, pick]
-        lost = was - output_rows(env[shortcut.id], layer.geometry, positions)
-        return y + (lost if layer.norm is None else lost * self._inverse_gain(layer.norm))
-
-    def _inverse_gain(self, norm: Affine) -> Tensor:
-        """What the norm divides by; 0 for channels that it all but switches off."""
-        tensors = self.execution.tensors
-        gain = torch.rsqrt(tensors[norm.var] + norm.eps)
-        if norm.scale is not None:
-            gain = gain * tensors[norm.scale]
-        dead = gain.abs() <= 1e-3 * gain.abs().max()  # all of them, where the largest is 0
-        return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gain))
+        return y + ((was if pick is None else was[:, pick]) - now) * undo
 
 
 def _merged(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,14 +12,26 @@ from torch import Tensor, nn
 from thinet.calibrate.batches import images_in
 from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import gram_rows, unit_sums
-from thinet.calibrate.layers import Layer, find_layers, output_gains, same_layers
+from thinet.calibrate.layers import (
+    Layer,
+    find_layers,
+    inverse_gains,
+    output_gains,
+    same_layers,
+)
 from thinet.calibrate.moments import Moments, sum_bytes
 from thinet.calibrate.patches import dense_weight, output_rows, patches, row_blocks
 from thinet.calibrate.responses import zero_share
 from thinet.calibrate.room import leave_room, parts_that_fit
 from thinet.calibrate.rows import WIDEST, Rows, columns_of, positions_of
 from thinet.calibrate.sampling import paper_rows
-from thinet.calibrate.targets import HALVED_FROM, LayerTargets, in_half, target_bytes
+from thinet.calibrate.targets import (
+    HALVED_FROM,
+    LayerTargets,
+    behind_their_shortcuts,
+    in_half,
+    target_bytes,
+)
 from thinet.errors import CalibrationError
 from thinet.store import Shelf, Store
 from thinet.trace.environment import Environment
@@ -59,11 +71,13 @@ class Collector:
     """Observers for one pass over the dense network, batch after batch.
 
     Attributes:
-        layers: those of the running program, by its operations.
+        program: the running one.
+        layers: its layers, by its operations.
         key: their operations in the traced program, by which all is stored.
         consumers: for each stored operation whose input is measured, the groups it mixes: name,
             number of units, unit of each input channel.
         keep_targets: whether outputs are kept at sampled positions.
+        shortcuts: whether what is added to them is kept too.
         halved: whether they are kept in half precision.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
@@ -72,11 +86,13 @@ class Collector:
     """
 
     execution: Execution
+    program: Program
     found: Observations
     layers: Mapping[int, Layer]
     key: Mapping[int, int]
     consumers: Mapping[int, Sequence[tuple[str, int, Tensor]]]
     keep_targets: bool
+    shortcuts: bool
     halved: bool
     zeros: bool
     sampling: str
@@ -90,8 +106,11 @@ class Collector:
     _adders: dict[int, list[Layer]] = field(default_factory=dict)
     _positions: dict[int, Tensor | None] = field(default_factory=dict)
     _made: dict[int, Tensor] = field(default_factory=dict)
+    _summed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        if self.keep_targets and self.shortcuts:
+            self._summed = behind_their_shortcuts(self.program, self.layers)
         for layer in self.layers.values():
             if layer.add is not None and self.keep_targets:
                 self._adders.setdefault(layer.add, []).append(layer)
@@ -99,9 +118,14 @@ class Collector:
     def before(self, op: Op, envs: Sequence[Environment]) -> None:
         for layer in () if self.again else self._adders.get(op.index, ()):
             assert layer.shortcut is not None
-            rows = self._rows(envs[0][layer.shortcut.id], layer)
-            self.found.targets[self.key[layer.op]].shortcut.append(self._kept(rows))
-            self._signal(layer, self._made.pop(layer.op), rows)
+            shortcut = self._rows(envs[0][layer.shortcut.id], layer)
+            y, kept = self._made.pop(layer.op), self.found.targets[self.key[layer.op]]
+            if layer.op in self._summed:
+                assert kept.undo is not None
+                kept.y.append(self._kept(y + shortcut * kept.undo))
+            elif self.shortcuts:
+                kept.shortcut.append(self._kept(shortcut))
+            self._signal(layer, y, shortcut)
         layer = self.layers.get(op.index)
         if layer is None or (self.again and self.key[op.index] not in self.measured):
             return
@@ -123,16 +147,23 @@ class Collector:
         rows = self._rows(envs[0][layer.y.id], layer)
         if self.keep_targets:
             if key not in self.found.targets:
-                self.found.targets[key] = LayerTargets([], Shelf(self.store), Shelf(self.store))
+                self.found.targets[key] = self._targets(layer, rows)
             kept = self.found.targets[key]
             kept.positions.append(self._positions[op.index])
-            kept.y.append(self._kept(rows))
+            if op.index not in self._summed:
+                kept.y.append(self._kept(rows))
             if layer.add is None:
                 self._signal(layer, rows, None)
             else:
                 self._made[layer.op] = rows
         if key in self.found.outputs:
             self.found.outputs[key].add(rows[:, :0], rows)
+
+    def _targets(self, layer: Layer, rows: Tensor) -> LayerTargets:
+        undo = None
+        if layer.add is not None and self.shortcuts:
+            undo = inverse_gains(layer.norm, rows.shape[1], self.execution.tensors).to(rows)
+        return LayerTargets([], Shelf(self.store), Shelf(self.store), undo)
 
     def _rows(self, y: Tensor, layer: Layer) -> Tensor:
         positions = self._positions[layer.op]
@@ -210,6 +241,7 @@ def collect(
     program: Program,
     groups: Sequence[ChannelGroup],
     targets: bool = True,
+    shortcuts: bool = True,
     zeros: bool = False,
     sampling: str = "exact",
     rows: Rows | None = None,
@@ -227,6 +259,7 @@ def collect(
         program: the traced program, to which the groups' sites and what is found refer.
         groups: those whose consumers' inputs are measured.
         targets: keep the outputs of all layers at sampled positions, for the repair.
+        shortcuts: and what is added to them.
         zeros: also the share of zeros in each input channel of the consumers.
         sampling: "exact" (all filters at the sampled positions) or "paper" (10 single outputs of
             each image, ThiNet section 3.2.1).
@@ -261,11 +294,13 @@ def collect(
         passes = parts_that_fit(passes[0], columns, systems + store.limit // 2)
     collector = Collector(
         execution=execution,
+        program=execution.program(batches[0]),
         found=found,
         layers=layers,
         key=key,
         consumers=consumers,
         keep_targets=targets,
+        shortcuts=shortcuts,
         halved=target_bytes(layers, execution, rows, batches) > HALVED_FROM,
         zeros=zeros,
         sampling=sampling,

@@ -68,6 +68,13 @@ def output_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor
     return gains if norm.scale is None else gains * tensors[norm.scale].double()
 
 
+def inverse_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(outputs,) what undoes the gains; 0 for outputs that the norm all but switches off."""
+    gains = output_gains(norm, outputs, tensors)
+    dead = gains.abs() <= 1e-3 * gains.abs().max()  # all of them, where the largest is 0
+    return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gains))
+
+
 def find_layers(program: Program) -> dict[int, Layer]:
     """All layers by operation index; weights that are computed first are not among them."""
     readers: dict[int, list[Op]] = {}

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import magnitude
+from thinet.calibrate.ordering import behind, shortcut_source
 from thinet.calibrate.rows import Rows, columns_of, positions_in, wanted
 from thinet.store import Shelf
-from thinet.trace.interpret import Execution
+from thinet.trace.interpret import Execution, dependencies
+from thinet.trace.program import Program
 from thinet.types import ExampleInputs
 
 HALVED_FROM = 2**29
@@ -27,13 +29,36 @@ mean over thousands of them. What does not fit into memory goes through a file, 
 class LayerTargets:
     """What the dense network makes at the sampled positions of a layer, batch by batch.
 
-    `y` are rows (rows, N); `shortcut` what is added to them behind the norm, or None. In half
-    precision where they are many (`HALVED_FROM`).
+    In half precision where they are many (`HALVED_FROM`).
+
+    Attributes:
+        y: rows (rows, N), with the shortcut or without.
+        undo: (N,) what brings the shortcut, which is added behind the norm, before the norm; None
+            where no shortcut is kept.
+        shortcut: where it may not be there yet when the layer is refitted; else it is in `y`.
     """
 
     positions: list[Tensor | None] = field(default_factory=list)
     y: Shelf = field(default_factory=Shelf)
     shortcut: Shelf = field(default_factory=Shelf)
+    undo: Tensor | None = None
+
+    @property
+    def summed(self) -> bool:
+        """Whether the shortcut is in `y`."""
+        return self.undo is not None and not self.shortcut
+
+
+def behind_their_shortcuts(program: Program, layers: Mapping[int, Layer]) -> set[int]:
+    """Operations of the layers that need what is added to them, as in a block around an identity.
+
+    In whatever order they are refitted, their shortcut is there.
+    """
+    needs = dependencies(program)
+    sources = {op: shortcut_source(program, layer) for op, layer in layers.items()}
+    return {
+        op for op, source in sources.items() if source is not None and behind(needs, op, source)
+    }
 
 
 def in_half(rows: Tensor) -> Tensor:
@@ -47,11 +72,12 @@ def target_bytes(
     layers: Mapping[int, Layer], execution: Execution, rows: Rows, batches: Sequence[ExampleInputs]
 ) -> int:
     """Bytes that the targets of all layers take, where batches are alike."""
-    total = 0
+    total, summed = 0, behind_their_shortcuts(execution.program(batches[0]), layers)
     for layer in layers.values():
         weight = execution.tensors[layer.weight]
         there = positions_in(layer, weight, batches)
         looked_at = min(there, wanted(rows, columns_of(layer, weight)))
-        kept = len(weight) * layer.y.dtype.itemsize * (1 if layer.shortcut is None else 2)
+        apart = layer.shortcut is not None and layer.op not in summed
+        kept = len(weight) * layer.y.dtype.itemsize * (2 if apart else 1)
         total += looked_at * kept
     return total
