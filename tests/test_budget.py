@@ -15,6 +15,7 @@ import thinet
 from thinet.budget import WITHIN, Budget, check_reached, uniform_widths, units
 from thinet.cut import apply_to_copy
 from thinet.errors import BudgetError
+from thinet.outcome import PruneReport
 from thinet.trace.analyse import analyse
 from thinet.trace.groups import Analysis
 from thinet.trace.planning import make_plan
@@ -240,3 +241,23 @@ def test_all_of_it_cuts_nothing() -> None:
         assert result.plan.keep == {} and result.report.macs_after == macs_of([5, 4]) * 2
         pairs = zip(result.model.parameters(), model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_divisor_that_gives_way_is_told_and_one_that_holds_is_not() -> None:
+    torch.manual_seed(0)
+    model, x = chain(64, 64), torch.randn(2, 3, 4, 4)
+
+    def report(**options: Any) -> PruneReport:
+        macs = macs_of([64, 32]) / macs_of([64, 64]) + 1e-4
+        options = {"budget": Budget(macs=macs), "repair": "none", **options}
+        return thinet.prune(model, x, [x], **options).report
+
+    assert [g.kept for g in report().groups if g.locked is None] == [64, 32]
+    assert not report().notes
+    some = report(budget=Budget(macs=macs_of([64, 28]) / macs_of([64, 64])))
+    told = f"so these widths are others: {some.groups[1].kept} of 64 in 1"
+    assert some.groups[1].kept % 8 and any(note.endswith(told) for note in some.notes)
+    any_width = report(budget=Budget(macs=macs_of([64, 28]) / macs_of([64, 64])), divisor=1)
+    assert not any_width.notes
+    there = report(fixed={"1": 28}, budget=Budget(macs=macs_of([64, 28]) / macs_of([64, 64])))
+    assert [g.kept for g in there.groups if g.locked is None] == [64, 28] and not there.notes

@@ -20,6 +20,9 @@ from thinet.errors import BudgetError, OptionError
 from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
 
+WIDE = 4
+"""Times the divisor: groups of fewer channels may have any width."""
+
 LATE = 3.0
 """How much more an error weighs in the last group than in the first: on ResNet-56 better than 1
 and 6 (docs/method.md)."""
@@ -171,7 +174,7 @@ def allowed_widths(
         divisor: widths are multiples of it in groups of at least four times as many channels.
         least: no width is below it.
     """
-    step = divisor if group.channels >= 4 * divisor else 1
+    step = divisor if group.channels >= WIDE * divisor else 1
     first = max(step * -(-least // step), step)
     widths = [*range(first, group.channels, step), group.channels]
     points = [(w, float(errors[group.channels - w])) for w in widths]

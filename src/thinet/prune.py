@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thinet.allocate import WIDE
 from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
@@ -39,6 +40,11 @@ FEW = 0.4
 AT_ONCE = (
     "{rounds} rounds cannot meet {kind}={fraction:g} with widths as coarse as these, so it was "
     "reached in one ({reason})"
+)
+
+COARSE = (
+    "multiples of {divisor} leave more than 1 % of the budget unused, so these widths are others: "
+    "{widths}"
 )
 
 NOT_REFINED = (
@@ -177,7 +183,7 @@ def _pruned(
     if result is None:
         clock.lap("groups")
         result = one_round(task, known, pairs, iterations=iterations, clock=clock)
-    return with_notes(result, notes)
+    return with_notes(result, (*notes, *_of_the_widths(task, result.plan.keep)))
 
 
 def _in_rounds(task: Task, rounds: int, pairs: Pairs, iterations: int, clock: Clock) -> PruneResult:
@@ -230,6 +236,22 @@ def _fixed(
     check_names("fixed", given, groups)
     known = {group.name: group for group in groups}
     return {name: units(known[name], value) for name, value in given.items()}
+
+
+def _of_the_widths(task: Task, keep: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """A note where the divisor gave way to the budget."""
+    divisor = task.options.divisor
+    odd = [
+        f"{len(keep[group.name])} of {group.channels} in {group.name}"
+        for group in task.groups
+        if group.channels >= WIDE * divisor
+        and len(keep.get(group.name, ())) % divisor
+        and group.name not in task.fixed
+    ]
+    if not task.by_error or task.on_the_way or not odd:
+        return ()
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return (COARSE.format(divisor=divisor, widths=", ".join(odd[:3]) + more),)
 
 
 def _iterations(task: Task, passed: float) -> tuple[int, tuple[str, ...]]:
