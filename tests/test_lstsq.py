@@ -227,3 +227,15 @@ def test_with_enough_rows_the_pull_is_the_one_that_was_asked_for():
     options = {"ridge": 1e-3, "rows": 100, "y_variance": seen.y_variance()}
     assert torch.equal(solve_full(*parts, prior, **options)[0],
                        solve_full(*parts, prior, ridge=1e-3)[0])  # fmt: skip
+
+
+def test_a_system_is_singular_by_no_more_than_the_rounding_of_float32():
+    turn = torch.linalg.qr(random(6, 6)).Q
+    for lowest, solved in ((-3e-4, True), (-5e-3, False)):
+        system = (turn * torch.tensor([lowest, 0, 0, 1.0, 2, 3 - lowest])) @ turn.T
+        if solved:
+            _, added = cholesky(system, "conv")
+            assert -lowest < added <= 1e-3 * (1 + 1e-9)
+        else:
+            with pytest.raises(RepairError, match="conv: the least-squares system of 6 unknowns"):
+                cholesky(system, "conv")

@@ -13,6 +13,7 @@ from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import fold_units, gram
 from thinet.calibrate.layers import output_gains
 from thinet.calibrate.patches import dense_weight
+from thinet.calibrate.shrink import shrunk
 from thinet.criteria.base import Consumer, GroupStatistics
 from thinet.surgery.apply import named_tensors
 from thinet.types import ChannelGroup, Site
@@ -49,7 +50,8 @@ def group_statistics(
             if site.op in seen.signals and root is None:
                 gains = output_gains(layer.norm, len(weight), tensors)
                 signal = float(seen.signals[site.op].y_variance().sum())
-            consumers.append(Consumer(weight, units, covariance, signal, gains))
+            foretold = shrunk(covariance, seen.moments[site.op].rows)
+            consumers.append(Consumer(weight, units, foretold, signal, gains))
             part = _about_zero(centred, weight, seen.moments[site.op].mean)
             part = fold_units(part, units, group.channels)
         elif site.op in seen.outputs:
