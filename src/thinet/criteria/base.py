@@ -24,7 +24,7 @@ class Consumer:
         weight: (N, C, *kernel), dense over groups.
         units: (C,) unit of each input channel, -1 for channels that are not of the group.
         second: (C * taps, C * taps) second moments or covariance of its input patches,
-            channel-major, or None where they were not collected.
+            channel-major (shrunk where the patches are few), or None where they were not collected.
         energy: energy of its output, by which its errors are divided.
         gains: (N,) factor of each output in the signal that goes on (a BatchNorm's scale), or None;
             `energy` is that signal's, which for a residual network is the stream's.
