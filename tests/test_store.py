@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,31 @@ def test_a_file_that_cannot_grow_says_what_to_do(
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(CalibrationError, match=r"cannot grow to .*No space left.*TMPDIR"):
         small(0).put(torch.ones(10))
+
+
+def test_a_place_whose_write_failed_is_used_later(folder: Path) -> None:
+    class Once:
+        def __init__(self, file: Any) -> None:
+            self.file, self.failed = file, False
+
+        def write(self, data: Any) -> int:
+            if not self.failed:
+                self.failed = True
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    store = small(0)
+    store.put(torch.ones(256))  # gone at once
+    gc.collect()
+    store._file = Once(store._file)
+    with pytest.raises(CalibrationError, match="cannot grow"):
+        store.put(torch.zeros(256))
+    kept = store.put(torch.full((256,), 3.0))
+    assert kept.get().unique().tolist() == [3]
+    assert os.fstat(store._file.fileno()).st_size == KIB
 
 
 def test_what_the_work_needs_is_set_aside(folder: Path) -> None:

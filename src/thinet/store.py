@@ -111,8 +111,8 @@ class Store:
     def _write(self, tensor: Tensor, size: int) -> int:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="thinet-", buffering=0)  # noqa: SIM115
-        places = self._free.get(size)
-        place = places.pop() if places else self._end
+        places = self._free.get(size, [])
+        place = places[-1] if places else self._end
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         try:
             self._file.seek(place)
@@ -125,6 +125,8 @@ class Store:
                 f", which cannot grow to {(place + size) / GIB:.3g} GiB: {error}; name a folder "
                 "with more room in TMPDIR, allow more memory, or calibrate with fewer images"
             ) from error
+        if places:
+            places.pop()  # taken only now that it is written
         self._end = max(self._end, place + size)
         self.spilled += size
         return place
