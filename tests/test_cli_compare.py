@@ -85,6 +85,16 @@ def test_a_comparison_is_shown_and_kept(thin: Run, work: Path) -> None:
     assert page.count("<svg") == 2 and page.count("<polyline") == 4
 
 
+def test_a_comparison_by_the_loss_is_one_of_its_own(thin: Run, work: Path) -> None:
+    arguments = (*COMPARE, "--criteria", "thinet,random", "--keep", "0.5", "--out", "heard")
+    assert thin(*arguments, "--loss-aware")[0] == 0
+    assert "weighed by the loss" in (work / "heard" / "report.html").read_text()
+    settings = json.loads((work / "heard" / "settings.json").read_text())
+    assert settings["identity"]["option"]["loss_aware"] is True
+    code, _, err = thin(*arguments)
+    assert code == 2 and "started differently" in " ".join(err.split())
+
+
 def test_failed_cells_make_the_exit_code_one(thin: Run) -> None:
     arguments = (*COMPARE, "--criteria", "thinet,l2", "--keep", "0.5", "--macs", "0.001")
     code, out, err = thin(*arguments, "--out", "failing")
