@@ -20,9 +20,6 @@ from thinet.errors import BudgetError, OptionError
 from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
 
-WIDE = 4
-"""Times the divisor: groups of fewer channels may have any width."""
-
 LATE = 3.0
 """How much more an error weighs in the last group than in the first: on ResNet-56 better than 1
 and 6 (docs/method.md)."""
@@ -164,6 +161,11 @@ class Allowed:
     between: Mapping[int, float]
 
 
+def width_step(group: ChannelGroup, divisor: int) -> int:
+    """What a group's widths are multiples of: the divisor, where it is four times as wide."""
+    return divisor if group.channels >= 4 * divisor else 1
+
+
 def allowed_widths(
     group: ChannelGroup, errors: Sequence[float], *, divisor: int = 1, least: int = 1
 ) -> Allowed:
@@ -174,7 +176,7 @@ def allowed_widths(
         divisor: widths are multiples of it in groups of at least four times as many channels.
         least: no width is below it.
     """
-    step = divisor if group.channels >= WIDE * divisor else 1
+    step = width_step(group, divisor)
     first = max(step * -(-least // step), step)
     widths = [*range(first, group.channels, step), group.channels]
     points = [(w, float(errors[group.channels - w])) for w in widths]

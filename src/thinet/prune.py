@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinet.allocate import WIDE
+from thinet.allocate import width_step
 from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
@@ -244,8 +244,7 @@ def _of_the_widths(task: Task, keep: Mapping[str, Sequence[int]]) -> tuple[str, 
     odd = [
         f"{len(keep[group.name])} of {group.channels} in {group.name}"
         for group in task.groups
-        if group.channels >= WIDE * divisor
-        and len(keep.get(group.name, ())) % divisor
+        if len(keep.get(group.name, ())) % width_step(group, divisor)
         and group.name not in task.fixed
     ]
     if not task.by_error or task.on_the_way or not odd:

@@ -71,13 +71,13 @@ class Collector:
     """Observers for one pass over the dense network, batch after batch.
 
     Attributes:
-        program: the running one.
-        layers: its layers, by its operations.
+        layers: those of the running program, by its operations.
         key: their operations in the traced program, by which all is stored.
         consumers: for each stored operation whose input is measured, the groups it mixes: name,
             number of units, unit of each input channel.
         keep_targets: whether outputs are kept at sampled positions.
         shortcuts: whether what is added to them is kept too.
+        summed: layers in whose targets it is.
         halved: whether they are kept in half precision.
         zeros: whether zeros are counted.
         sampling: "exact" or "paper".
@@ -86,13 +86,13 @@ class Collector:
     """
 
     execution: Execution
-    program: Program
     found: Observations
     layers: Mapping[int, Layer]
     key: Mapping[int, int]
     consumers: Mapping[int, Sequence[tuple[str, int, Tensor]]]
     keep_targets: bool
     shortcuts: bool
+    summed: Collection[int]
     halved: bool
     zeros: bool
     sampling: str
@@ -106,11 +106,8 @@ class Collector:
     _adders: dict[int, list[Layer]] = field(default_factory=dict)
     _positions: dict[int, Tensor | None] = field(default_factory=dict)
     _made: dict[int, Tensor] = field(default_factory=dict)
-    _summed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        if self.keep_targets and self.shortcuts:
-            self._summed = behind_their_shortcuts(self.program, self.layers)
         for layer in self.layers.values():
             if layer.add is not None and self.keep_targets:
                 self._adders.setdefault(layer.add, []).append(layer)
@@ -120,7 +117,7 @@ class Collector:
             assert layer.shortcut is not None
             shortcut = self._rows(envs[0][layer.shortcut.id], layer)
             y, kept = self._made.pop(layer.op), self.found.targets[self.key[layer.op]]
-            if layer.op in self._summed:
+            if layer.op in self.summed:
                 assert kept.undo is not None
                 kept.y.append(self._kept(y + shortcut * kept.undo))
             elif self.shortcuts:
@@ -150,7 +147,7 @@ class Collector:
                 self.found.targets[key] = self._targets(layer, rows)
             kept = self.found.targets[key]
             kept.positions.append(self._positions[op.index])
-            if op.index not in self._summed:
+            if op.index not in self.summed:
                 kept.y.append(self._kept(rows))
             if layer.add is None:
                 self._signal(layer, rows, None)
@@ -273,7 +270,8 @@ def collect(
         OptionError: the store's bound is less than the work itself needs.
     """
     execution = Execution(model)
-    layers, traced = find_layers(execution.program(batches[0])), find_layers(program)
+    running = execution.program(batches[0])
+    layers, traced = find_layers(running), find_layers(program)
     key = same_layers(layers, traced)
     layers = {op: layer for op, layer in layers.items() if op in key}
     found = Observations({key[op]: layer for op, layer in layers.items()}, roots=roots or {})
@@ -292,16 +290,17 @@ def collect(
     if store is not None:
         systems = leave_room(store, execution, batches, layers)
         passes = parts_that_fit(passes[0], columns, systems + store.limit // 2)
+    at_hand = behind_their_shortcuts(running, layers)
     collector = Collector(
         execution=execution,
-        program=execution.program(batches[0]),
         found=found,
         layers=layers,
         key=key,
         consumers=consumers,
         keep_targets=targets,
         shortcuts=shortcuts,
-        halved=target_bytes(layers, execution, rows, batches) > HALVED_FROM,
+        summed=at_hand if targets and shortcuts else (),
+        halved=target_bytes(layers, execution, rows, batches, at_hand) > HALVED_FROM,
         zeros=zeros,
         sampling=sampling,
         rows=rows,

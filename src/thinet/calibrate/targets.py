@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,15 +69,23 @@ def in_half(rows: Tensor) -> Tensor:
 
 
 def target_bytes(
-    layers: Mapping[int, Layer], execution: Execution, rows: Rows, batches: Sequence[ExampleInputs]
+    layers: Mapping[int, Layer],
+    execution: Execution,
+    rows: Rows,
+    batches: Sequence[ExampleInputs],
+    at_hand: Collection[int],
 ) -> int:
-    """Bytes that the targets of all layers take, where batches are alike."""
-    total, summed = 0, behind_their_shortcuts(execution.program(batches[0]), layers)
+    """Bytes that the targets of all layers take, where batches are alike.
+
+    Args:
+        at_hand: of `behind_their_shortcuts`, which need no shortcut beside their outputs.
+    """
+    total = 0
     for layer in layers.values():
         weight = execution.tensors[layer.weight]
         there = positions_in(layer, weight, batches)
         looked_at = min(there, wanted(rows, columns_of(layer, weight)))
-        apart = layer.shortcut is not None and layer.op not in summed
+        apart = layer.shortcut is not None and layer.op not in at_hand
         kept = len(weight) * layer.y.dtype.itemsize * (2 if apart else 1)
         total += looked_at * kept
     return total
