@@ -40,6 +40,7 @@ from thinet.surgery.apply import apply_plan
 from thinet.train.config import FinetuneConfig
 from thinet.train.evaluate import evaluate
 from thinet.train.finetune import EpochRecord, finetune
+from thinet.train.scratch import from_scratch
 from thinet.vision import torchvision
 from thinet.weights import load_weights
 
@@ -203,9 +204,7 @@ class Run:
             total = times * (epochs + (self.dense_epochs or args.dense_epochs))
             model = self.fresh()
             apply_plan(model, plan)
-            for module in model.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            model = from_scratch(model, seed=args.seed)
             model = self.trained(model, total, f"{name}-scratch-{times}")
             results.append(self.measured(f"{NAMES[name]} from scratch x{times}", model, total))
         return results

@@ -385,3 +385,18 @@ def test_a_plan_that_sets_what_no_plan_does_is_refused(attribute: str, written: 
     rewrite(written, replace(plan, attributes=changes))
     with pytest.raises(CheckpointError, match=f"the plan sets {attribute} of .*do not use"):
         load(written, BatchNormVGG())
+
+
+def test_wrapped_and_unmade_models_are_told_apart(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x, keep = torch.randn(2, 4), {"0": [0, 1]}
+    plan, small = thinet.plan_cut(model, x, keep), thinet.cut(model, x, keep)
+    path = tmp_path / "small.safetensors"
+    with pytest.raises(CheckpointError, match=r"compiled; save model\._orig_mod"):
+        thinet.save(path, torch.compile(small, backend="eager"), plan)
+    with pytest.raises(CheckpointError, match=r"save model\.module with the plan"):
+        thinet.save(path, nn.DataParallel(small), plan)
+    thinet.save(path, small, plan)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(CheckpointError, match="0.weight has no size yet"):
+        thinet.load(path, lazy)

@@ -301,6 +301,7 @@ def test_report_turns_json_into_a_page(thin: Run, tmp_path: Path) -> None:
     assert thin("report", str(kept), "--json")[1] == text
     code, _, err = thin("report", str(kept), "--out", str(tmp_path / "kept.html"))
     assert (code, err) == (0, f"wrote {tmp_path / 'kept.html'}\n")
+    assert thin("report", str(kept), "--out", str(tmp_path / "kept.md"), "--json")[1] == text
     assert (tmp_path / "kept.html").read_text().startswith("<!doctype html>")
 
 

@@ -213,3 +213,72 @@ def test_mistakes_of_export(
     code, _, err = thin(*model, "--onnx", "x.onnx")
     assert code == 2 and "onnx is needed to write and check ONNX files" in err
     assert not [path for path in work.iterdir() if path.name.startswith(("x.", ".x"))]
+
+
+def test_a_criterion_of_the_models_file_is_known(thin: Run, work: Path) -> None:
+    (work / "own.py").write_text(
+        NET
+        + "\n\nfrom thinet.criteria import Order, criterion\n\n\n"
+        + '@criterion("of-the-file", needs=())\n'
+        + "def of_the_file(stats):\n    return Order(tuple(range(stats.channels)))\n"
+    )
+    arguments = ("compare", "own.py:build", *COMPARE[2:], "--keep", "0.5", "--out", "own")
+    code, out, _ = thin(*arguments, "--criteria", "of-the-file")
+    assert code == 0 and "of-the-file, full" in out
+    code, _, err = thin(*COMPARE, "--keep", "0.5", "--out", "own2", "--criteria", "of-another")
+    assert code == 2 and "unknown criterion 'of-another'" in err
+
+
+@pytest.mark.parametrize("option", [("--epochs", "2"), ("--lr", "0.1"), ("--distill",)])
+def test_options_of_fine_tuning_ask_for_its_images(thin: Run, option: tuple[str, ...]) -> None:
+    code, _, err = thin(*COMPARE, "--keep", "0.5", "--out", "untrained", *option)
+    assert code == 2 and "say on what: --train DIR" in err
+
+
+def test_training_folders_number_classes_alike(thin: Run, work: Path) -> None:
+    draw(work / "others", classes=3, each=2)
+    (work / "others" / "1").rename(work / "others" / "9")
+    code, _, err = thin(*COMPARE, "--keep", "0.5", "--out", "alike", "--train", "others")
+    assert code == 2 and "label 1 is 1 in images and 2 in others" in " ".join(err.split())
+
+
+FINETUNE = ("finetune", "net.py:build", "images", "--size", "8", "--batch", "12", "--epochs", "1")
+
+
+def test_thin_asks_for_taps_before_anything_is_trained(thin: Run, work: Path) -> None:
+    for options in ((), ("--group-sparsity", "1e-3")):
+        code, _, err = thin(*FINETUNE, *options, "--thin", "--out", "thinned.safetensors")
+        assert code == 2 and "--group-keep 0.5" in err and "epoch" not in err
+    assert not (work / "thinned.safetensors.run").exists()
+
+
+def test_the_same_network_from_scratch(thin: Run, work: Path) -> None:
+    cut = thin(
+        "prune", "net.py:build", "--size", "8", "--calibration", "images", "--images", "12",
+        "--keep", "0.5", "--out", "cut.safetensors",
+    )  # fmt: skip
+    assert cut[0] == 0
+    arguments = (
+        *FINETUNE,
+        "--weights",
+        "cut.safetensors",
+        "--lr",
+        "1e-12",
+        "--validation",
+        "images",
+    )
+    arguments = (*arguments, "--weight-decay", "0", "--json")
+    told = {}
+    for name, options in (("tuned", ()), ("scratch", ("--from-scratch",))):
+        code, out, _ = thin(*arguments, *options, "--out", f"{name}.safetensors")
+        assert code == 0
+        told[name] = json.loads(out)["facts"]["weights"]
+    assert told == {"tuned": "cut.safetensors", "scratch": "random"}
+    dense = resolve("net.py:build")
+    before, tuned, scratch = (
+        thinet.load(work / f"{name}.safetensors", dense) for name in ("cut", "tuned", "scratch")
+    )
+    weights = [model[0].weight.detach() for model in (before, tuned, scratch)]
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    assert weights[2].shape == weights[0].shape
+    assert not torch.allclose(weights[0], weights[2], atol=1e-2)

@@ -225,3 +225,12 @@ def test_a_folder_larger_than_memory_is_refused(
     monkeypatch.setattr("os.sysconf", lambda _: 60)
     with pytest.raises(DataError, match="this machine has 0 GB; use preload=False"):
         loader(folder, preload=True, **PLAIN)
+
+
+def test_an_empty_class_folder_is_named_where_labels_matter(folder: Path) -> None:
+    """All behind it would be off by one."""
+    (folder / "aa").mkdir()
+    for draw in (lambda: loader(folder, size=8), lambda: calibration_batches(folder, labels=True)):
+        with pytest.raises(DataError, match=r"no image in aa; labels are counted by folder"):
+            draw()
+    assert calibration_batches(folder, 12, 5, **PLAIN).images == 12

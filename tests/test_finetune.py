@@ -24,6 +24,7 @@ from thinet.train.distill import distillation
 from thinet.train.ema import Ema
 from thinet.train.evaluate import evaluate
 from thinet.train.finetune import finetune
+from thinet.train.scratch import from_scratch
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 PLAIN: dict[str, Any] = {"lr": 0.1, "schedule": "constant", "momentum": 0.9, "weight_decay": 0.01}
@@ -409,3 +410,45 @@ def test_the_state_is_json_and_tensors(tmp_path: Path) -> None:
     assert facts["epoch"] == 1
     assert facts["identity"]["option"]["lr"] == 1e-3
     assert header["model.0.weight"]["dtype"] == "F64"
+
+
+class Rooted(nn.Module):
+    """A finite loss whose gradient at weights of zero is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.abs().sqrt()
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_weights_that_are_no_longer_finite_are_told_and_not_kept(
+    tmp_path: Path, every: int
+) -> None:
+    with pytest.raises(TrainingError, match="weight is no longer finite .* epoch 1; lower the lea"):
+        finetune(
+            Rooted(), batches(1), epochs=1, config=FinetuneConfig(**PLAIN), checkpoint=tmp_path,
+            save_every=every,
+        )  # fmt: skip
+    saved = state.read(tmp_path)
+    assert saved is not None
+    assert saved[1]["step"] == saved[1]["epoch"] == 0
+    assert saved[0]["model.weight"].isfinite().all()
+
+
+def test_weights_drawn_anew_are_the_seeds_and_the_shapes_stay() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[1].running_mean.fill_(7)
+    kept, drawn = copy.deepcopy(model), torch.get_rng_state()
+    one, again, other = (from_scratch(model, seed=seed) for seed in (1, 1, 2))
+    assert same(model, kept) and torch.equal(torch.get_rng_state(), drawn)
+    assert same(one, again) and not same(one, other) and not same(one, model)
+    assert not one[1].running_mean.any() and one[0].weight.shape == (8, 5)
+    assert one[0].weight.abs().max() <= 5**-0.5  # as nn.Linear draws them
+
+
+def test_weights_that_cannot_be_drawn_anew_are_named() -> None:
+    with pytest.raises(ModelError, match=r"the model \(Rooted\) has parameters and no reset_param"):
+        from_scratch(Rooted())

@@ -84,3 +84,24 @@ def test_networks_are_compared_by_their_fastest_runs(monkeypatch: pytest.MonkeyP
 def test_a_network_takes_its_own_time() -> None:
     model = net()
     assert 0.2 < time_share(model, model, X) < 5
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(1 / 3, 1), (0.4, 1), (2 / 3, 2), (0.9, 2)])
+def test_few_widths_with_gaps_between_them(asked: float, kept: int) -> None:
+    """One group of three units, a third of the time each: what fits is found, never all of it."""
+
+    def widths_at(budget: Budget) -> dict[str, int]:
+        assert budget.macs is not None
+        return {"heads": max(1, round(3 * budget.macs))}
+
+    assert latency_widths(Budget(latency=asked), widths_at, lambda w: w["heads"] / 3) == {
+        "heads": kept
+    }
+
+
+def test_widths_by_error_with_gaps_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_round, "time_share", of_macs)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1))
+    result = thinet.prune(model, X, [X], budget=Budget(latency=0.7), divisor=1)
+    assert result.model[0].out_channels == 1  # a third; two thirds take 0.83
+    assert result.report.reached == pytest.approx(0.5 + 0.5 / 3)

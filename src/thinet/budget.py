@@ -23,7 +23,8 @@ class Budget:
         macs: of the multiply-adds of the whole model.
         params: of its parameters.
         latency: of the time of a forward pass on the example inputs, measured on this machine.
-        keep: of the channels of every group, `int(channels * keep)` as the paper, at least 1; or
+        keep: of the channels of every group, rounded down as in the paper (`int(channels * keep)`,
+            where the product itself is not rounded: 0.7 of 90 channels are 63), at least 1; or
             a mapping from group names to a fraction (float) or a number of channels (int), groups
             that are not named staying whole.
     """

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from thinet.errors import CheckpointError
 from thinet.plan import Plan
@@ -45,14 +46,18 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
         raise CheckpointError(
             f"save needs the model, a module; got {type(model).__name__}: {advice}"
         )
+    if hasattr(model, "_orig_mod"):
+        raise CheckpointError("the model is compiled; save model._orig_mod")
     tensors = {name: _whole(tensor) for name, tensor in named_tensors(model)}
     for piece in plan.kept:
         shape = tensors[piece.parameter].shape if piece.parameter in tensors else ()
         size = shape[piece.dim] if 0 <= piece.dim < len(shape) else None
         if size != len(piece.indices):
+            wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
             raise CheckpointError(
                 f"the plan keeps {len(piece.indices)} entries of {piece.parameter} along dimension "
-                f"{piece.dim}, the model has {size}; save a model with the plan that made it"
+                f"{piece.dim}, the model has {size}; "
+                f"save {'model.module' if wrapped else 'a model'} with the plan that made it"
             )
     metadata = {"format": "pt", KEY: _written(plan)}
     extra = [k for k, v in model.state_dict().items() if not isinstance(v, torch.Tensor)]
@@ -94,6 +99,11 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
             f"load needs the dense model that was cut, a module; got {type(dense_model).__name__}"
         )
     plan, tensors = read(path)
+    unmade = next((name for name, t in named_tensors(dense_model) if is_lazy(t)), None)
+    if unmade is not None:
+        raise CheckpointError(
+            f"{unmade} has no size yet (a lazy module); run the model once on an input first"
+        )
     small = copied(dense_model)
     apply_plan(small, plan)
     allocate(small)

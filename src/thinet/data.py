@@ -70,10 +70,7 @@ def loader(
         crop=crop, flip=flip, padding=padding, seed=seed,
     )  # fmt: skip
     at_least("every", every, 1)
-    if folder.listing.labels is None:
-        raise DataError(
-            f"{root} has no classes; training and evaluation need one folder of images a class"
-        )
+    _check_labels(folder.listing, "; training and evaluation need")
     folder.listing = folder.listing.pick(range(0, len(folder), every))
     return Loader(
         folder, batch_size=batch_size, labelled=True, workers=workers, preload=preload,
@@ -112,8 +109,8 @@ def calibration_batches(
     """
     folder = ImageFolder(root, size=size, mean=mean, std=std, resize=resize, protocol=protocol)
     at_least("count", count, 1)
-    if labels and folder.listing.labels is None:
-        raise DataError(f"{root} has no classes, so its images have no labels")
+    if labels:
+        _check_labels(folder.listing, ", so its images have no labels; they need")
     if len(folder) < count:
         log.warning("%s has %d images, %d were asked for", root, len(folder), count)
     folder.listing = folder.listing.pick(_even_sample(folder.listing, count, seed))
@@ -121,6 +118,21 @@ def calibration_batches(
         folder, batch_size=batch_size, labelled=labels, workers=workers, preload=None,
         max_corrupt=max_corrupt, progress=progress, mirror=mirror,
     )  # fmt: skip
+
+
+def _check_labels(listing: Listing, needed_by: str) -> None:
+    """Raise a `DataError` where the folder does not tell the labels of its images."""
+    if listing.labels is None:
+        raise DataError(
+            f"{listing.root} has no classes{needed_by} one folder of images a class, two or more "
+            "of them and no image beside them"
+        )
+    if listing.empty:
+        raise DataError(
+            f"{listing.root}: no image in {', '.join(listing.empty[:5])}; labels are counted by "
+            "folder, and all behind an empty one would be off by one: fill it or, if it is no "
+            "class, remove it"
+        )
 
 
 def _even_sample(listing: Listing, count: int, seed: int) -> list[int]:

@@ -32,13 +32,15 @@ class Listing:
     """The images of a folder, in the order in which everything counts them.
 
     `labels` is None where the folder has no classes; otherwise `labels[i]` is the position in
-    `classes` (sorted names) of the class of `paths[i]`.
+    `classes` (sorted names) of the class of `paths[i]`. `empty` are folders beside those of the
+    classes that hold no image, and may be classes too.
     """
 
     root: Path
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
+    empty: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,6 +68,7 @@ def find_images(root: str | Path) -> Listing:
     loose = [path for path in sorted(root.iterdir()) if _is_image(path)]
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
     by_class = {folder.name: list(_below(folder)) for folder in folders}
+    empty = tuple(name for name, paths in by_class.items() if not paths)
     by_class = {name: paths for name, paths in by_class.items() if paths}
     if not loose and not by_class:
         raise DataError(_nothing_in(root))
@@ -74,7 +77,8 @@ def find_images(root: str | Path) -> Listing:
         return Listing(root, tuple(paths), None, ())
     classes = tuple(sorted(by_class))
     labels = tuple(k for k, name in enumerate(classes) for _ in by_class[name])
-    return Listing(root, tuple(p for name in classes for p in by_class[name]), labels, classes)
+    paths = tuple(p for name in classes for p in by_class[name])
+    return Listing(root, paths, labels, classes, empty)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -123,7 +127,10 @@ class Preprocess:
             raise OptionError(f"protocol must be keep-ratio or fixed, got {self.protocol!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(abs(value) < float("inf") for value in values):
-                raise OptionError(f"{name} must be three numbers on the scale 0..1, got {values}")
+                raise OptionError(
+                    f"{name} must be three numbers on the scale 0..1, got {values}; image folders "
+                    "are read as RGB, give a model of other inputs its batches in Python"
+                )
         if min(self.std) <= 0:
             raise OptionError(f"std must be above zero, got {self.std}")
         if max(map(abs, (*self.mean, *self.std))) > 10:

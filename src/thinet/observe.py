@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -39,10 +41,16 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """The global random state after is the one before, on the CPU and any initialised GPU."""
+    """The global random state after is the one before: torch's, on the CPU and any initialised GPU,
+    Python's and numpy's."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 @contextmanager
@@ -52,8 +60,8 @@ def running(kind: type[ThinetError], what: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, ThinetError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise kind(f"{what}: {error}") from error
+    except Exception as error:  # forward code may assert, look up, divide
+        raise kind(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from thinet.prune_options import PruneOptions
 from thinet.refine import Refined, refine
 from thinet.repair import Repaired, repair_full, repair_scale
 from thinet.store import Store
-from thinet.trace.groups import Analysis
+from thinet.trace.groups import Analysis, never_run
 from thinet.trace.planning import check_left, make_plan
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 from thinet.verify import verify_cut
@@ -116,7 +116,7 @@ def one_round(
     orders, curves, notes = _orders(task, groups, seen, gradients)
     kept = dict(known) if known is not None else _widths(task, groups, curves)
     keep = {g.name: orders[g.name].keep(kept[g.name]) for g in groups if kept[g.name] < g.channels}
-    notes += _of_the_cut(groups, keep)
+    notes += _of_the_cut(task, groups, keep)
     clock.lap("choosing")
     check_left(task.analysis, keep)
     plan = make_plan(task.analysis, model, keep)
@@ -145,8 +145,11 @@ def one_round(
         clock.lap("recalibrating")
     plan = replace(plan, settings=_settings(task))
     report = _report(task, small, kept, orders)
+    skipped = dict(repaired.skipped)
+    if options.repair == "full":
+        skipped |= _no_layers(task, seen, keep)
     report = replace(
-        report, refitted=repaired.refitted, not_refitted=repaired.skipped, refined=refined.errors,
+        report, refitted=repaired.refitted, not_refitted=skipped, refined=refined.errors,
         seconds=clock.laps, notes=notes,
     )  # fmt: skip
     return PruneResult(small, plan, report)
@@ -238,13 +241,28 @@ def _orders(
     return orders, curves, tuple(notes)
 
 
+def _no_layers(task: Task, seen: Observations, keep: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Consumers of cut channels that are no layers to the repair, with the reason."""
+    ops = task.analysis.program.ops
+    return {
+        site.module or "the model": (
+            f"weights are solved for convolutions and linear layers whose weights are parameters "
+            f"as they stand; this is {ops[site.op].name.removeprefix('aten.')}"
+        )
+        for group in task.groups
+        if group.name in keep
+        for site in group.sites
+        if site.op not in seen.layers
+    }
+
+
 def _of_the_cut(
-    groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
+    task: Task, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]
 ) -> tuple[str, ...]:
     """What a reader of the report should know about the cut itself."""
     if not keep:
         return (NOTHING,)
-    return tuple(
+    return never_run(task.analysis, task.model) + tuple(
         f"{group.name}: {group.normalised_over}, so what stays changes with what goes; this cut is "
         "not exact and was not verified"
         for group in groups
@@ -262,7 +280,7 @@ def _widths(
         return error_widths(
             budget, groups, curves, task.analysis.costs,
             divisor=options.divisor, least=options.least, fixed=task.fixed,
-            exactly=not task.on_the_way,
+            exactly=not task.on_the_way and task.budget.kind != "latency",
             late=LATE if options.repair == "full" else 1.0,
             allocator=allocate_dynamic if options.widths == "dynamic" else None,
         )  # fmt: skip

@@ -60,6 +60,11 @@ class PruneOptions:
                 raise OptionError(
                     f"unknown {name} {value!r}; choose one of {', '.join(get_args(kind))}"
                 )
+        if self.repair != "full" and getattr(self.repair_settings, "refine", None):
+            raise OptionError(
+                f"refine={self.repair_settings.refine} refits producers and consumers together "
+                f"after repair='full'; with repair={self.repair!r} leave it out"
+            )
         if self.loss_aware and self.sampling == "paper":
             raise OptionError("loss_aware weighs all outputs; leave out sampling='paper'")
         if (

@@ -36,13 +36,8 @@ def seeded(*parts: int | str) -> Iterator[None]:
     After, all of them are as they were before.
     """
     seed = derive(*parts)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with preserved_rng():
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        yield

@@ -13,7 +13,7 @@ from torch import nn
 from thinet.errors import ModelError, OptionError
 from thinet.observe import evaluating, running
 from thinet.trace.record import check_model, describe
-from thinet.types import ExampleInputs, call
+from thinet.types import ExampleInputs, call, cloned
 
 SCATTER = 1.5
 """Slow runs (`high_ms`) for each fast one (`low_ms`): above it, timings are no quiet machine's."""
@@ -91,6 +91,7 @@ def _tried(name: str, model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def _timed(model: nn.Module, inputs: ExampleInputs) -> float:
+    inputs = cloned(inputs)  # forward code may work in place
     with evaluating(model):
         _wait(model)
         start = time.perf_counter()

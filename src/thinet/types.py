@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.errors import IndicesError
 
@@ -30,6 +31,11 @@ def as_call(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """All tensors in a nest of tuples, lists and dicts, in order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def cloned(tree: Any) -> Any:
+    """The same nest with clones of its tensors, for forward code that may work in place."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def call(model: nn.Module, inputs: ExampleInputs) -> Any:
@@ -130,7 +136,8 @@ def check_indices(group: ChannelGroup, indices: Iterable[int], *, empty: bool = 
         plain = [int(i) for i in indices]
     except (TypeError, ValueError, OverflowError) as error:
         raise IndicesError(f"{where}: indices must be integers, got {indices!r}") from error
-    if any(isinstance(i, bool) or p != i for i, p in zip(indices, plain, strict=True)):
+    kinds = (bool, np.bool_)
+    if any(isinstance(i, kinds) or p != i for i, p in zip(indices, plain, strict=True)):
         raise IndicesError(f"{where}: indices must be integers, got {indices!r}")
     if not plain and not empty:
         raise IndicesError(f"{where}: no index given; keep at least one channel")

@@ -18,7 +18,7 @@ from thinet.trace.groups import Analysis
 from thinet.trace.planning import removed_classes
 from thinet.trace.program import plain, values_of
 from thinet.trace.replica import copied
-from thinet.types import ExampleInputs, as_call, tensors_in
+from thinet.types import ExampleInputs, as_call, cloned, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference in float32, relative to the largest output."""
@@ -113,8 +113,7 @@ def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, 
 
     Run is a copy: a forward may count, average or keep what it sees.
     """
-    args, kwargs = as_call(inputs)
-    cloned = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    args, kwargs = cloned(as_call(inputs))
     model = copied(model)
     with (
         torch.no_grad(),
@@ -125,7 +124,7 @@ def _run(model: nn.Module, inputs: ExampleInputs) -> tuple[Any, list[tuple[str, 
     ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        output = model(*cloned[0], **cloned[1])
+        output = model(*args, **kwargs)
     return output, calls
 
 

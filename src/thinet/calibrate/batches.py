@@ -43,6 +43,7 @@ def calibration_pairs(
     found: list[tuple[ExampleInputs, torch.Tensor | None]] = []
     for number, batch in enumerate(batches):
         inputs, target = _parted(batch, like)
+        _check_settings(inputs, like, number)
         tensors = tensors_in(as_call(inputs))
         if not tensors:
             raise CalibrationError(
@@ -64,6 +65,20 @@ def calibration_pairs(
     if not found:
         raise CalibrationError("the calibration data is empty; give at least one batch of images")
     return found
+
+
+def _check_settings(inputs: Any, like: ExampleInputs | None, number: int) -> None:
+    """See that a batch takes the way through the forward code that the example inputs take."""
+    if not isinstance(like, Mapping):
+        return
+    given = inputs if isinstance(inputs, Mapping) else {}
+    settings = [k for k, v in like.items() if v is not None and not tensors_in(v)]
+    missing = [name for name in settings if name not in given]
+    if missing:
+        raise CalibrationError(
+            f"calibration batch {number} lacks {', '.join(missing)}, which the example inputs "
+            "have; give dicts of the same keyword inputs, so that the same forward code is run"
+        )
 
 
 def images_in(inputs: ExampleInputs) -> int:

@@ -56,6 +56,8 @@ def collect_curvature(
     key = same_layers(layers, traced)
     asked = set(wanted)
     looked_at = {op: layer for op, layer in layers.items() if key.get(op) in asked}
+    if not looked_at:
+        return {}
     sums: dict[int, Tensor] = {}
     images = sum(images_in(inputs) for inputs, _ in batches)
     for number, (inputs, targets) in enumerate(batches):

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_flatten
 
 from thinet.calibrate.batches import images_in
 from thinet.errors import CalibrationError
-from thinet.observe import evaluating, preserved_rng
+from thinet.observe import evaluating, preserved_rng, running
 from thinet.trace.program import plain
+from thinet.trace.record import describe
 from thinet.trace.replica import copied
-from thinet.types import ChannelGroup, ExampleInputs, Site, call
+from thinet.types import ChannelGroup, ExampleInputs, Site, call, cloned
 
 
 @dataclass
@@ -60,6 +61,7 @@ def collect_gradients(
         return hook
 
     images = sum(images_in(inputs) for inputs, _ in batches)
+    what = f"{type(model).__name__} does not run on a calibration batch"
     try:
         for path in wanted:
             module = replica.get_submodule(path)
@@ -68,7 +70,9 @@ def collect_gradients(
             seen.clear()
             replica.zero_grad(set_to_none=True)
             with torch.enable_grad(), preserved_rng(), evaluating(replica):
-                loss_of(call(replica, inputs), targets).backward()
+                with running(CalibrationError, f"{what} ({describe(inputs)})"):
+                    output = call(replica, cloned(inputs))  # forward code may work in place
+                loss_of(output, targets).backward()
             for group in groups:
                 _add_maps(found, group, seen, images)
                 _add_weights(found, group, named, len(batches))

@@ -114,11 +114,10 @@ def _by_unit(tensor: Tensor, dim: int, units: tuple[int, ...]) -> Tensor | None:
 
 
 def _filters(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    found = (
-        _by_unit(tensors[m.parameter], m.dim, m.units)
-        for m in group.members
-        if m.role == "produces"
-    )
+    """Of its producers; where no weight only produces (a tied decoder), of those that consume."""
+    made = [m for m in group.members if m.role == "produces"]
+    made = made or [m for m in group.members if m.role == "consumes"]
+    found = (_by_unit(tensors[m.parameter], m.dim, m.units) for m in made)
     return tuple(f for f in found if f is not None)
 
 

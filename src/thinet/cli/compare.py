@@ -62,8 +62,12 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Images to fine-tune each cell on. Default: no training."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of SGD.")] = 0.01,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of fine-tuning, with --train. Default: 1.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of SGD, with --train. Default: 0.01.")
+    ] = None,
     schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = "cosine",
     weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = 5e-4,
     precision: Annotated[Precision, typer.Option(help="Mixed precision.")] = "no",
@@ -136,14 +140,19 @@ def compare(
     ]
     if not budgets:
         raise OptionError("give budgets, such as --keep 0.7,0.5,0.3 or --macs 0.5")
+    if train is None and (epochs is not None or lr is not None or distill):
+        raise OptionError(
+            "--epochs, --lr and --distill are of fine-tuning; say on what: --train DIR"
+        )
+    epochs, lr = epochs or 1, 0.01 if lr is None else lr
     config = FinetuneConfig(
         lr=lr, schedule=schedule, weight_decay=weight_decay, mixed_precision=precision
     )
     chosen, asked = _words(criteria), _repairs(repairs)
-    for name in chosen:  # known before any image is read
-        get(name)
     check_folder(out)
     named = trained(model, weights, classes=classes, device=device)
+    for name in chosen:  # known before any image is read; the model's file may have added some
+        get(name)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     console.keeps(options.goes_on(f"finished cells are kept in {out}", start_over))
@@ -151,7 +160,11 @@ def compare(
         held = labelled(
             data, prepared, batch=batch, every=every, max_corrupt=max_corrupt, progress=told
         )
-        notes = check_classes(named.model, inputs, held)
+        shown = train and labelled(
+            train, prepared, batch=batch, train=True, crop=crop, max_corrupt=max_corrupt,
+            progress=told,
+        )  # fmt: skip
+        notes = check_classes(named.model, inputs, held, shown)
 
         def drawn(seed: int) -> folders.Loader:
             return folders.calibration_batches(
@@ -161,12 +174,7 @@ def compare(
             )  # fmt: skip
 
         tuning: dict[str, Any] = {}
-        if train is not None:
-            shown = labelled(
-                train, prepared, batch=batch, train=True, crop=crop, max_corrupt=max_corrupt,
-                progress=told,
-            )  # fmt: skip
-            notes += check_classes(named.model, inputs, shown)
+        if shown is not None:
 
             def ordered(seed: int) -> folders.Loader:
                 shown.folder.seed = seed  # decoded once, in another order for each seed
@@ -185,13 +193,16 @@ def compare(
         result,
         f"{model}, methods compared",
         (
-            ("data", str(data)), ("calibration", f"{images} images of {calibration}"),
+            ("data", str(data)),
+            ("calibration", options.calibrated(images, calibration, mirror)),
             ("weights", weights_as(weights)),
             ("pictures", prepared_as(named.model, prepared, size, mean, std)),
             (
                 "fine-tuning",
                 f"{counted(epochs, 'epoch')} on {train}, lr {lr:g}" if train else "none",
             ),
+            *options.cut_as(only, skip), ("sampling", sampling), ("crop", crop),
+            ("teacher", "the dense network" if distill else "none"),
             ("errors of outputs", "weighed by the loss" if loss_aware else "as they are"),
             ("BatchNorm", "re-estimated" if recalibrate else "as it was"),
             ("seeds", str(seeds)), ("cells", str(out / "cells.jsonl")),

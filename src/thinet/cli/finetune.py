@@ -35,6 +35,7 @@ from thinet.train.finetune import EpochRecord
 from thinet.train.finetune import finetune as train
 from thinet.train.group_sparsity import GroupSparsity
 from thinet.train.processes import current
+from thinet.train.scratch import from_scratch
 from thinet.types import Progress
 
 
@@ -92,6 +93,14 @@ def finetune(
             "--thin", help="Write convolutions that lost taps as thinner products of those left."
         ),
     ] = False,
+    scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch",
+            help="Train the same, cut or not, from random weights: the baseline that pruning has "
+            "to beat (Liu et al. 2019).",
+        ),
+    ] = False,
     crop: Annotated[
         Crop, typer.Option(help="Random part of a picture, or moved a little (CIFAR), or none.")
     ] = "resized",
@@ -136,7 +145,13 @@ def finetune(
         clip_norm=clip, accumulate=accumulate, mixed_precision=precision, seed=seed,
         group_sparsity=_taps(group_sparsity, group_keep, group_truncate, group_layers),
     )  # fmt: skip
+    if thin and (config.group_sparsity is None or config.group_sparsity.keep >= 1):
+        raise OptionError(
+            "--thin leaves out taps that training made zero; say how many stay: --group-keep 0.5 "
+            "with --group-sparsity"
+        )
     named = trained(model, weights, classes=classes, device=device)
+    start = from_scratch(named.model, seed=seed) if scratch else named.model
     dense = network(model, teacher, classes=classes, device=device).model if teacher else None
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
@@ -151,7 +166,7 @@ def finetune(
             validation, prepared, batch=batch, max_corrupt=max_corrupt, progress=told
         )
         notes = check_classes(named.model, inputs, images, held or None)
-        before = evaluate(named.model, held, device=device).top1 if held else None
+        before = evaluate(start, held, device=device).top1 if held and not thin else None
         resumed = Resumed(told)
 
         def finished(r: EpochRecord) -> None:
@@ -162,7 +177,7 @@ def finetune(
             )
 
         result = train(
-            named.model, images, epochs=epochs, config=config, validation=held or None,
+            start, images, epochs=epochs, config=config, validation=held or None,
             teacher=dense, checkpoint=folder, resume=not start_over, progress=resumed,
             device=device, on_epoch=finished,
         )  # fmt: skip
@@ -188,7 +203,8 @@ def finetune(
         ),
         notes=notes,
         facts=(
-            ("weights", weights_as(weights)), ("teacher", str(teacher or "none")),
+            ("weights", "random" if scratch else weights_as(weights)),
+            ("teacher", str(teacher or "none")),
             ("data", str(data)), ("validation", str(validation or "none")),
             ("pictures", prepared_as(named.model, prepared, size, mean, std)),
             ("crop", crop + (", mirrored" if flip else "")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from thinet import data
 from thinet.augment import Crop
 from thinet.cli import console
 from thinet.errors import DataError
-from thinet.images import Preprocess
+from thinet.images import Listing, Preprocess
 from thinet.observe import evaluating
 from thinet.report.text import counted
 from thinet.train.outputs import logits_of, output_of
@@ -55,12 +56,14 @@ def check_classes(
         A note for each folder with fewer classes than the model has outputs, also said on stderr.
 
     Raises:
-        DataError: a folder has more classes than the model has outputs.
+        DataError: a folder has more classes than the model has outputs, or two folders number
+            their classes differently.
         ModelError: the model does not run on the image, or gives no logits.
     """
     labels = [loader for loader in loaders if loader is not None and loader.labelled]
     if not labels:
         return ()
+    _check_alike([loader.folder.listing for loader in labels])
     with evaluating(model), torch.no_grad():
         outputs = logits_of(output_of(model, inputs, "an image of noise")).shape[1]
     notes: list[str] = []
@@ -81,3 +84,15 @@ def check_classes(
     for note in notes:
         console.warn(note)
     return tuple(notes)
+
+
+def _check_alike(listings: Sequence[Listing]) -> None:
+    first = listings[0]
+    for other in listings[1:]:
+        pairs = enumerate(zip(first.classes, other.classes, strict=False))
+        odd = next(((k, *names) for k, names in pairs if names[0] != names[1]), None)
+        if odd is not None:
+            raise DataError(
+                f"label {odd[0]} is {odd[1]} in {first.root} and {odd[2]} in {other.root}: label k "
+                "is the k-th class folder by name; give both the same class folders"
+            )

@@ -15,6 +15,7 @@ from thinet.report import coupling_html
 from thinet.report.coupling import coupling
 from thinet.report.data import Network, Report
 from thinet.trace.analyse import analyse
+from thinet.trace.groups import never_run
 
 
 def inspect(
@@ -64,6 +65,7 @@ def inspect(
         ),
         networks=(Network(model, counts.macs, counts.params),),
         groups=tuple(rail.group for rail in drawn.rails),
+        notes=never_run(analysis, named.model),
     )
     if report is not None:
         write_report(result, report)

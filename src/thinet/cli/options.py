@@ -210,6 +210,11 @@ def goes_on(what: str, start_over: bool) -> str:
     return f"{what}; the same command{' without --start-over' if start_over else ''} goes on there"
 
 
+def calibrated(images: int, folder: Path, mirror: bool) -> str:
+    """For a report: what was calibrated on."""
+    return f"{images} images of {folder}" + (", every second one mirrored" if mirror else "")
+
+
 def cut_as(only: Sequence[str] | None, skip: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
     """For a report: the patterns that chose the groups, if any."""
     named = (("only", only), ("skip", skip))

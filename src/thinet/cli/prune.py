@@ -227,7 +227,9 @@ def prune(
         facts=(
             *pruned_facts(done), ("weights", weights_as(weights)), *options.cut_as(only, skip),
             *_widths(result.plan.settings.get("widths"), divisor or 8),
-            ("calibration", f"{batches.images} images of {calibration}"),
+            ("sampling", sampling),
+            ("calibration", options.calibrated(batches.images, calibration, mirror)),
+            ("top-1 on", f"{held.images} images of {data}" if held else "none"),
             ("pictures", prepared_as(named.model, prepared, size, mean, std)),
             ("seed", str(seed)), ("thinet", __version__), ("written to", str(out)),
         ),

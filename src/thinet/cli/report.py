@@ -34,7 +34,7 @@ def report(
     if out is not None:
         write_report(data, out)
         console.say(f"wrote {out}")
-    else:
+    if out is None or as_json:
         console.show(data, as_json=as_json)
 
 

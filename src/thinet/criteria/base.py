@@ -59,7 +59,8 @@ class GroupStatistics:
         channels: number of units.
         gram: (units, units), the consumers' grams, each divided by its output energy, added up.
         consumers: the modules that mix these channels.
-        filters: for each producer its weight as (units, fan).
+        filters: for each producer its weight as (units, fan); where no weight only produces, for
+            each consumer.
         zeros: (units,) share of zeros after the activation, 0..1.
         taylor: (units,) mean over images of |mean over positions of gradient * activation|.
         taylor_fo: (units,) mean over batches of (sum of gradient * weight)^2.

@@ -110,8 +110,8 @@ def timed_where(inputs: Tensor) -> str:
 def timing_notes(timed: Mapping[str, Latency]) -> tuple[str, ...]:
     """How far the runs of each network lie apart, and a warning where that is far."""
     spreads = [
-        f"{name}: {t.low_ms:.3g} to {t.high_ms:.3g} ms, median {t.median_ms:.3g}, "
-        f"{counted(t.runs, 'run')}"
+        f"{name}: fastest {t.best_ms:.3g} ms, median {t.median_ms:.3g}, four fifths of "
+        f"{counted(t.runs, 'run')} from {t.low_ms:.3g} to {t.high_ms:.3g} ms"
         for name, t in timed.items()
     ]
     if any(t.scattered for t in timed.values()):
@@ -130,4 +130,22 @@ def sgd_facts(config: FinetuneConfig, batch: int) -> tuple[tuple[str, str], ...]
         ("momentum, weight decay", f"{config.momentum:g}, {config.weight_decay:g}"),
         ("batch", f"{batch}{several}"),
         ("precision", mixed),
+        *_more_of(config),
     )
+
+
+def _more_of(config: FinetuneConfig) -> list[tuple[str, str]]:
+    """What is said only where it was asked for."""
+    taps = config.group_sparsity
+    named = {
+        "label smoothing": config.label_smoothing or None,
+        "average of the weights, decay": config.ema_decay,
+        "largest norm of the gradient": config.clip_norm,
+        "group sparsity": taps and taps.strength,
+        "taps that stay": taps and taps.keep,
+        "taps not pulled at from": taps and taps.truncate,
+    }
+    found = [(name, f"{value:g}") for name, value in named.items() if value is not None]
+    if taps is not None and taps.layers is not None:
+        found.append(("layers that lose taps", ", ".join(taps.layers)))
+    return found

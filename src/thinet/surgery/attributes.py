@@ -113,7 +113,8 @@ def _computed_from(module: nn.Module, own: Mapping[str, torch.Tensor]) -> dict[s
         stored = [*module.get_submodule("parametrizations.weight").parameters()]
     else:
         stored = [own[name] for name in ("weight_orig", "weight_v") if name in own][:1]
-    return {"weight": max(stored, key=lambda p: p.ndim)} if stored else {}
+    # The largest: a norm beside it may have as many dimensions.
+    return {"weight": max(stored, key=lambda p: (p.ndim, p.numel()))} if stored else {}
 
 
 def attribute_changes(

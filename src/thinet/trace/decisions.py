@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.surgery.apply import memory_format
-from thinet.types import tensors_in
+from thinet.types import cloned, tensors_in
 
 RESULTS: Final = frozenset(
     (
@@ -142,9 +142,5 @@ class Decisions(TorchDispatchMode):
             known = self._known[place]
             if known[:2] == (name, shapes):
                 found = known[2]
-        self.made.append((name, shapes, _cloned(found)))
-        return _cloned(found)
-
-
-def _cloned(tree: Any) -> Any:
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
+        self.made.append((name, shapes, cloned(found)))
+        return cloned(found)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
+from torch import nn
 
 from thinet.trace.labels import Axis, Classes, Labeller, Mixing, Vector
 from thinet.trace.program import Program
@@ -113,6 +114,23 @@ class Analysis:
 
     def group(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)
+
+
+def never_run(analysis: Analysis, model: nn.Module) -> tuple[str, ...]:
+    """A sentence on layers whose weights no operation reads on the example inputs, in either mode:
+    what they do with channels is not known, and they are left as they are."""
+    unread = set(analysis.program.unused)
+    if analysis.training is not None:
+        unread &= set(analysis.training.program.unused)
+    weights = [name for name, p in model.named_parameters() if p.ndim > 1 and name in unread]
+    layers = list(dict.fromkeys(map(layer_name, weights)))
+    if not layers:
+        return ()
+    named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+    return (
+        f"{named}: not run on the example inputs, so left as it is; if another way through the "
+        "model brings it channels that were cut, it no longer fits them",
+    )
 
 
 def slots_of(program: Program) -> tuple[Slot, ...]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from thinet.paths import named_modules
 from thinet.plan import AttributeChange
@@ -28,6 +27,7 @@ from thinet.trace.planning import (
 )
 from thinet.trace.record import StoppedError, record_replica
 from thinet.trace.replica import Call, meta_twin
+from thinet.types import cloned
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def _mismatch(
 ) -> Mismatch | None:
     """The first operation of the evaluation or the training forward that does not follow."""
     replica, told = _cut_copy(analysis, cut), walk.program
-    args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    args = cloned(inputs)
     comparison = Comparison(walk, cut.left, cut.cut, until)
     try:
         with nullcontext() if told.on_meta else Decisions(told.decisions, light=light):

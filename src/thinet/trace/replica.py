@@ -15,7 +15,7 @@ from thinet.errors import TraceError
 from thinet.observe import preserved_rng
 from thinet.paths import named_modules
 from thinet.surgery.explicit import all_explicit
-from thinet.types import ExampleInputs, as_call
+from thinet.types import ExampleInputs, as_call, cloned
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,8 +110,14 @@ EMPTIED = frozenset((dict, OrderedDict, set, list))
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        # Frozen or not: torch multiplies by a frozen weight in other operations, and what a layer
+        # is shall not depend on it.
+        return nn.Parameter(empty, requires_grad=_can_be_trained(tensor))
     return empty
+
+
+def _can_be_trained(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def meta_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
@@ -126,7 +132,7 @@ def meta_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Ca
 def real_replica(model: nn.Module, inputs: ExampleInputs) -> tuple[nn.Module, Call]:
     """A full copy of the model and of its inputs."""
     replica = copied(model)
+    for parameter in filter(_can_be_trained, replica.parameters()):
+        parameter.requires_grad_(True)  # as in `meta_copy`
     all_explicit(replica)
-    return replica, tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, as_call(inputs)
-    )
+    return replica, cloned(as_call(inputs))

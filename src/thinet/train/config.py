@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+
 from thinet.errors import OptionError
 from thinet.train.checks import out_of_range
 from thinet.train.group_sparsity import GroupSparsity
@@ -73,6 +75,8 @@ class FinetuneConfig:
 
     def _faults(self) -> Iterator[str]:
         yield from out_of_range("lr", self.lr, above=0)
+        if isinstance(self.lr, (int, float)) and torch.finfo(torch.float32).max < self.lr:
+            yield f"lr must be a float32, got {self.lr!r}"
         yield from out_of_range("momentum", self.momentum, least=0, below=1)
         yield from out_of_range("weight_decay", self.weight_decay, least=0)
         yield from out_of_range("gamma", self.gamma, above=0, below=1)

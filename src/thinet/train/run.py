@@ -153,10 +153,13 @@ class Run:
                     if progress is not None and self.processes.main:
                         progress(what, self.step, self.steps)
                     if stopping:
+                        self._check_weights()
                         self.save()
                         raise KeyboardInterrupt
                     if self.step % save_every == 0 and self.step < self.steps:
+                        self._check_weights()
                         self.save()
+                self._check_weights()
                 record = self._end_epoch(validation, began)
                 logs.add(record, self.epoch * self.steps)
                 self.save()
@@ -234,6 +237,17 @@ class Run:
                 f"the loss is {loss} in step {number + 1} (epoch {self.epoch + 1}); lower the "
                 f"learning rate (peak {self.config.lr:g}), clip the gradient, or check the data's "
                 f"mean and std.{kept}"
+            )
+
+    def _check_weights(self) -> None:
+        """A finite loss may have had gradients that are not."""
+        trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        bad = next((name for name, p in trained if not bool(p.isfinite().all())), None)
+        if bad is not None:
+            kept = f" The checkpoint in {self.folder} is of an earlier step." if self.folder else ""
+            raise TrainingError(
+                f"{bad} is no longer finite after step {self.step} of epoch {self.epoch + 1}; "
+                f"lower the learning rate (peak {self.config.lr:g}) or clip the gradient.{kept}"
             )
 
     def _logs(self, done: int) -> Logs:
