@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import thinet
-from thinet.errors import CalibrationError, IndicesError, ModelError, OptionError
+from thinet.errors import CalibrationError, IndicesError, ModelError, OptionError, RepairError
 from thinet.timing import latency
 
 HALF = thinet.Budget(keep=0.5)
@@ -176,3 +176,32 @@ def test_a_joint_refit_belongs_to_the_full_repair() -> None:
             TwoTasks().eval(), images(2), [images(4)], budget=HALF, repair="none",
             repair_settings=thinet.RepairSettings(refine=3),
         )  # fmt: skip
+
+
+class Experts(nn.Module):
+    """Each row goes to the expert that a cut layer chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.route = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        chosen, out = self.route(h).argmax(1), x.new_zeros(len(x), 4)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == number
+            if rows.any():
+                out[rows] = expert(h[rows])
+        return out
+
+
+def test_rows_that_a_cut_sends_elsewhere_are_told_before_weights_are_solved() -> None:
+    torch.manual_seed(0)
+    model, x = Experts().eval(), rows(64)
+    with pytest.raises(RepairError, match=r"experts\.0\.0 is given other rows by the cut network"):
+        thinet.prune(model, x, [x[:32], x[32:]], budget=HALF)
+    result = thinet.prune(model, x, [x[:32], x[32:]], budget=HALF, skip="a")
+    assert "experts.0.2" in result.report.refitted

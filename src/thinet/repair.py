@@ -26,7 +26,7 @@ from thinet.calibrate.room import leave_room
 from thinet.calibrate.rows import WIDEST
 from thinet.calibrate.statistics import site_gram
 from thinet.calibrate.targets import LayerTargets
-from thinet.errors import OptionError
+from thinet.errors import OptionError, RepairError
 from thinet.lstsq import solve_full, solve_scale
 from thinet.plan import Plan
 from thinet.store import Store
@@ -318,9 +318,19 @@ class _Pass:
         """Rows of the layer's input as it is now, and of what it should make of them."""
         targets = self.seen.targets[self.dense[use.op]]
         for number, env in enumerate(envs):
-            target = self._target(use, targets, number, env)
+            target, met = self._target(use, targets, number, env), 0
             for rows, phi in row_blocks(env[use.x.id], use.geometry, targets.positions[number]):
+                met += len(phi)
+                if met > len(target):
+                    break
                 yield phi, target[rows]
+            if met != len(target):
+                raise RepairError(
+                    f"{use.module or use.weight} is given other rows by the cut network than by "
+                    "the dense one: which rows it sees depends on data that the cut changes "
+                    "(images sent to experts); give repair='scale' or 'none', or skip the groups "
+                    "before that choice"
+                )
 
     def _target(self, layer: Layer, targets: LayerTargets, number: int, env: Environment) -> Tensor:
         y, positions = targets.y[number], targets.positions[number]
