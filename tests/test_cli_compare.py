@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import thinet
 from tests.pictures import Run, draw
+from thinet.criteria import base
 from thinet.data import loader
 from thinet.models import resolve
 from thinet.report.data import from_dict
@@ -215,7 +216,10 @@ def test_mistakes_of_export(
     assert not [path for path in work.iterdir() if path.name.startswith(("x.", ".x"))]
 
 
-def test_a_criterion_of_the_models_file_is_known(thin: Run, work: Path) -> None:
+def test_a_criterion_of_the_models_file_is_known(
+    thin: Run, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
     (work / "own.py").write_text(
         NET
         + "\n\nfrom thinet.criteria import Order, criterion\n\n\n"

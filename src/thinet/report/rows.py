@@ -110,8 +110,8 @@ def timed_where(inputs: Tensor) -> str:
 def timing_notes(timed: Mapping[str, Latency]) -> tuple[str, ...]:
     """How far the runs of each network lie apart, and a warning where that is far."""
     spreads = [
-        f"{name}: fastest {t.best_ms:.3g} ms, median {t.median_ms:.3g}, four fifths of "
-        f"{counted(t.runs, 'run')} from {t.low_ms:.3g} to {t.high_ms:.3g} ms"
+        f"{name}: {t.best_ms:.3g} ms at best, median {t.median_ms:.3g}, {counted(t.runs, 'run')}, "
+        f"most of them {t.low_ms:.3g} to {t.high_ms:.3g} ms"
         for name, t in timed.items()
     ]
     if any(t.scattered for t in timed.values()):
