@@ -250,10 +250,15 @@ FINETUNE = ("finetune", "net.py:build", "images", "--size", "8", "--batch", "12"
 
 
 def test_thin_asks_for_taps_before_anything_is_trained(thin: Run, work: Path) -> None:
-    for options in ((), ("--group-sparsity", "1e-3")):
-        code, _, err = thin(*FINETUNE, *options, "--thin", "--out", "thinned.safetensors")
-        assert code == 2 and "--group-keep 0.5" in err and "epoch" not in err
+    out = ("--thin", "--out", "thinned.safetensors")
+    for options, told in (((), "--group-keep 0.5"), (("--group-sparsity", "1e-3"), "below 1")):
+        code, _, err = thin(*FINETUNE, *options, *out)
+        assert code == 2 and told in err and "epoch" not in err
     assert not (work / "thinned.safetensors.run").exists()
+    taps = ("--group-sparsity", "0", "--group-keep", "0.5", "--out", "taps.safetensors")
+    assert thin(*FINETUNE, *taps)[0] == 0
+    held = ("--weights", "taps.safetensors", "--group-sparsity", "0")
+    assert thin(*FINETUNE, *held, *out)[0] == 0
 
 
 def test_the_same_network_from_scratch(thin: Run, work: Path) -> None:

@@ -145,13 +145,15 @@ def finetune(
         clip_norm=clip, accumulate=accumulate, mixed_precision=precision, seed=seed,
         group_sparsity=_taps(group_sparsity, group_keep, group_truncate, group_layers),
     )  # fmt: skip
-    if thin and (config.group_sparsity is None or config.group_sparsity.keep >= 1):
+    if thin and config.group_sparsity is None:
         raise OptionError(
-            "--thin leaves out taps that training made zero; say how many stay: --group-keep 0.5 "
-            "with --group-sparsity"
+            "--thin leaves out taps that are zero; make and hold them so: --group-sparsity LAMBDA "
+            "--group-keep 0.5"
         )
     named = trained(model, weights, classes=classes, device=device)
     start = from_scratch(named.model, seed=seed) if scratch else named.model
+    if thin and config.group_sparsity and config.group_sparsity.keep >= 1:
+        without_zero_taps(start)  # those that are zero by now are all there will be
     dense = network(model, teacher, classes=classes, device=device).model if teacher else None
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)

@@ -128,8 +128,8 @@ def never_run(analysis: Analysis, model: nn.Module) -> tuple[str, ...]:
         return ()
     named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
     return (
-        f"{named}: not run on the example inputs, so left as it is; if another way through the "
-        "model brings it channels that were cut, it no longer fits them",
+        f"{named}: not run on the example inputs and left unchanged; another way through the model "
+        "that brings channels there will not fit where these are cut",
     )
 
 
