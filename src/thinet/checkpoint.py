@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from thinet.errors import CheckpointError
+from thinet.errors import CheckpointError, OptionError
 from thinet.plan import Plan
 from thinet.surgery.apply import allocate, apply_plan, named_tensors
+from thinet.trace.record import check_model
 from thinet.trace.replica import copied
 from thinet.whole_file import whole_file
 
@@ -99,11 +99,10 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
             f"load needs the dense model that was cut, a module; got {type(dense_model).__name__}"
         )
     plan, tensors = read(path)
-    unmade = next((name for name, t in named_tensors(dense_model) if is_lazy(t)), None)
-    if unmade is not None:
-        raise CheckpointError(
-            f"{unmade} has no size yet (a lazy module); run the model once on an input first"
-        )
+    try:
+        check_model(dense_model)
+    except OptionError as error:
+        raise CheckpointError(str(error)) from error
     small = copied(dense_model)
     apply_plan(small, plan)
     allocate(small)

@@ -152,13 +152,11 @@ class Run:
                     self.sums[3] = time.perf_counter() - began
                     if progress is not None and self.processes.main:
                         progress(what, self.step, self.steps)
+                    if stopping or (self.step % save_every == 0 and self.step < self.steps):
+                        self._check_weights()
+                        self.save()
                     if stopping:
-                        self._check_weights()
-                        self.save()
                         raise KeyboardInterrupt
-                    if self.step % save_every == 0 and self.step < self.steps:
-                        self._check_weights()
-                        self.save()
                 self._check_weights()
                 record = self._end_epoch(validation, began)
                 logs.add(record, self.epoch * self.steps)
@@ -232,11 +230,10 @@ class Run:
 
     def _check_loss(self, loss: float, number: int) -> None:
         if not abs(loss) < float("inf"):
-            kept = f" The checkpoint in {self.folder} is of an earlier step." if self.folder else ""
             raise TrainingError(
                 f"the loss is {loss} in step {number + 1} (epoch {self.epoch + 1}); lower the "
                 f"learning rate (peak {self.config.lr:g}), clip the gradient, or check the data's "
-                f"mean and std.{kept}"
+                f"mean and std.{self._what_is_kept()}"
             )
 
     def _check_weights(self) -> None:
@@ -244,11 +241,14 @@ class Run:
         trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         bad = next((name for name, p in trained if not bool(p.isfinite().all())), None)
         if bad is not None:
-            kept = f" The checkpoint in {self.folder} is of an earlier step." if self.folder else ""
             raise TrainingError(
                 f"{bad} is no longer finite after step {self.step} of epoch {self.epoch + 1}; "
-                f"lower the learning rate (peak {self.config.lr:g}) or clip the gradient.{kept}"
+                f"lower the learning rate (peak {self.config.lr:g}) or clip the gradient."
+                + self._what_is_kept()
             )
+
+    def _what_is_kept(self) -> str:
+        return f" The checkpoint in {self.folder} is of an earlier step." if self.folder else ""
 
     def _logs(self, done: int) -> Logs:
         return Logs(self.config.log_dir if self.processes.main else None, done)
