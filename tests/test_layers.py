@@ -234,9 +234,9 @@ def test_shared_weights_and_biases_are_flagged() -> None:
     ]  # fmt: skip
 
 
-def test_computed_weights_and_transposed_convolutions_are_no_layers() -> None:
+def test_computed_weights_are_no_layers() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
-    model = nn.Sequential(normed, nn.ConvTranspose2d(4, 3, 1), nn.Conv2d(3, 2, 1))
+    model = nn.Sequential(normed, nn.ConvTranspose2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1))
     assert list(found(model)[0]) == ["2"]
 
 

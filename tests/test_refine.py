@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thinet
-from tests.nets import BasicResidualNet, DepthwiseNet, PlainVGG, SharedConvNet
+from tests.nets import BasicResidualNet, ConvTransposeNet, DepthwiseNet, PlainVGG, SharedConvNet
 from tests.oracle import randomise
 from thinet.calibrate.layers import find_layers
 from thinet.calibrate.ordering import in_order
@@ -39,6 +39,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(x)))
+
+
+class InputsFirst(nn.Module):
+    """The same with weights of (inputs, outputs), the first of them with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shift = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(8))
+        self.down = nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.shift, x.flatten(0, 1), self.up).unflatten(0, x.shape[:2])
+        return x + F.gelu(y) @ self.down
 
 
 class InPlaceNet(nn.Module):
@@ -97,8 +110,9 @@ def test_a_depthwise_convolution_lies_between_the_layers_of_a_pair() -> None:
 
 @pytest.mark.parametrize(
     ("cls", "shape"),
-    [(InPlaceNet, (3, 3, 6, 6)), (MLP, (3, 4, 5)), (BasicResidualNet, None), (DepthwiseNet, None)],
-)
+    [(InPlaceNet, (3, 3, 6, 6)), (MLP, (3, 4, 5)), (BasicResidualNet, None), (DepthwiseNet, None),
+     (ConvTransposeNet, None), (InputsFirst, (3, 4, 5))],
+)  # fmt: skip
 def test_derivatives_are_those_of_differences(cls: Any, shape: Any) -> None:
     model = randomise(cls()).double().eval()
     x = torch.randn(shape) if shape else example(cls, 3)

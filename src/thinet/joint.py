@@ -22,7 +22,8 @@ class PairOutputs:
     Attributes:
         numbers: of the lane's batches that are looked at; all others here count these.
         targets: what the outputs should be, for each of these batches.
-        weights, intercepts: of the producer and the consumer; intercepts are what is added.
+        weights, intercepts: of the producer and the consumer, the weights as of `Layer.matrix`;
+            intercepts are what is added.
         gain: (N,) of the norm behind the consumer.
         free: whether a layer's intercept has a place to go.
         size: outputs of all batches together.
@@ -40,7 +41,7 @@ class PairOutputs:
         self.lane, self.tensors, self.pair = lane, tensors, pair
         self.numbers, self.targets, self.gain = numbers, targets, gain
         self.ends = (pair.producer, pair.consumer)
-        self.weights = tuple(tensors[layer.weight] for layer in self.ends)
+        self.weights = tuple(layer.matrix(tensors) for layer in self.ends)
         self.intercepts = tuple(w.new_zeros(len(w)) for w in self.weights)
         self.free = tuple(layer.bias is not None or layer.norm is not None for layer in self.ends)
         self.size = sum(target.numel() for target in targets)
@@ -145,12 +146,12 @@ class PairOutputs:
             env = self.lane.envs[self.numbers[number]]
             x = given[layer.x.id] if layer.x.id in given else env[layer.x.id]
             adds = self.free[n] or layer.bias is not None
-            return op.func(x, weight, added if adds else None, *op.args[3:])
+            return op.func(x, layer.turned(weight), added if adds else None, *op.args[3:])
         put = dict(given)
         if layer.transposed is not None:
             put[layer.transposed.id] = weight.T
         else:
-            put[self._ids[layer.weight]] = weight
+            put[self._ids[layer.weight]] = layer.turned(weight)
         if layer.bias is not None:
             put[self._ids[layer.bias]] = added
         y = self.lane.try_ops(self.numbers[number], (layer.op,), put)[layer.y.id]

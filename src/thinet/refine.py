@@ -132,7 +132,7 @@ class _Pass:
         self.same = same_layers(layers, self.dense_layers)
         needs = dependencies(self.program)
         pairs = find_pairs(self.program, layers, needs)
-        self.pairs = {i: p for i, p in pairs.items() if (p.producer.weight, 0) in self.kept}
+        self.pairs = {i: p for i, p in pairs.items() if (p.producer.weight, p.producer.outputs_dim) in self.kept}
         first = {
             i: [n for n in (shortcut_source(self.program, p.consumer), *p.needs) if n is not None]
             for i, p in self.pairs.items()
@@ -199,7 +199,7 @@ class _Pass:
         if self.same.get(pair.consumer.op) is None:
             return "the dense network has no such layer"
         for layer in (pair.producer, pair.consumer):
-            name, weight = layer.weight.removesuffix(".weight"), tensors[layer.weight]
+            name, weight = layer.weight.removesuffix(".weight"), layer.matrix(tensors)
             if layer.x.storage in self.dropouts:
                 return f"{name} is trained behind dropout, which a joint refit would not bear"
             if layer.shared:
@@ -214,7 +214,7 @@ class _Pass:
 
     def _looked_at(self, layer: Layer) -> range:
         """The batches that a pair is fitted to, by number."""
-        positions = positions_in(layer, self.execution.tensors[layer.weight], self.batches)
+        positions = positions_in(layer, layer.matrix(self.execution.tensors), self.batches)
         return range(0, len(self.batches), max(positions // POSITIONS, 1))
 
     def _targets(self, layer: Layer, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
@@ -223,13 +223,13 @@ class _Pass:
         while theirs.op not in self.ahead.done:
             self.ahead.step(next(self.left))
         tensors = self.execution.tensors
-        gain = torch.ones(len(tensors[layer.weight])).to(tensors[layer.weight])
+        gain = torch.ones(len(layer.matrix(tensors))).to(tensors[layer.weight])
         if layer.norm is not None:
             gain = gain * torch.rsqrt(tensors[layer.norm.var] + layer.norm.eps)
             if layer.norm.scale is not None:
                 gain = gain * tensors[layer.norm.scale]
         factor = _along(layer, gain)
-        outputs = self.kept.get((layer.weight, 0))
+        outputs = self.kept.get((layer.weight, layer.outputs_dim))
         pick = None if outputs is None else torch.tensor(outputs, device=gain.device)
         dim = -1 - layer.geometry.rank
         moved: Tensor | float = 0.0  # by what the repair has put into the norm
@@ -306,7 +306,7 @@ class _Pass:
             trial.intercepts,
             strict=True,
         ):
-            tensors[layer.weight] = weight
+            tensors[layer.weight] = layer.turned(weight).contiguous()
             if layer.bias is not None:
                 tensors[layer.bias] = tensors[layer.bias] + intercept
             elif layer.norm is not None:

@@ -146,7 +146,7 @@ def repair_scale(
                 skipped[layer.weight.removesuffix(".weight")] = SHARED
                 continue
             if layer is not None:
-                weight = dense_weight(weights[layer.weight].detach(), layer.geometry)
+                weight = dense_weight(layer.matrix(weights).detach(), layer.geometry)
                 found = site_gram(site, group, seen, weight)
             name = site.module or str(site.parameter)
             if layer is None or found is None:
@@ -200,7 +200,7 @@ class _Pass:
             uses.setdefault((layer.weight, layer.bias), []).append(layer)
         wanted = [together for together in uses.values() if any(u.op in touched for u in together)]
         if self.settings.layers == "consumers":
-            wanted = [together for together in wanted if (together[0].weight, 1) in self.kept]
+            wanted = [t for t in wanted if (t[0].weight, 1 - t[0].outputs_dim) in self.kept]
         order = self._order(wanted)
         place = {index: number for number, index in enumerate(order)}
         self.due: dict[int, list[Layer]] = {}
@@ -260,7 +260,7 @@ class _Pass:
         start = min(place[use.op] for use in together)
         if any(place[need] >= start for use in together for need in self.needs[use.op]):
             return IN_TURN
-        columns = self.execution.tensors[together[0].weight][0].numel()
+        columns = together[0].matrix(self.execution.tensors)[0].numel()
         if columns > WIDEST:
             return f"its {columns} input columns are more than {WIDEST}"
         return None
@@ -276,7 +276,7 @@ class _Pass:
 
     def _refit(self, together: Sequence[Layer], envs: Sequence[Environment]) -> None:
         tensors, layer = self.execution.tensors, together[0]
-        weight, groups = tensors[layer.weight], layer.geometry.groups
+        weight, groups = layer.matrix(tensors), layer.geometry.groups
         name = layer.module or layer.weight
         prior = weight.flatten(1)
         options: dict[str, Any] = {"where": name, "device": weight.device}
@@ -303,7 +303,7 @@ class _Pass:
             y_variance=moments.y_variance() if isinstance(moments, Moments) else None,
             name=name,
         )
-        tensors[layer.weight] = new.reshape(weight.shape).to(weight)
+        tensors[layer.weight] = layer.turned(new.reshape(weight.shape).to(weight)).contiguous()
         for use in together:
             if use.transposed is not None:  # it was made before this layer's turn came
                 for env in envs:
@@ -334,7 +334,7 @@ class _Pass:
 
     def _target(self, layer: Layer, targets: LayerTargets, number: int, env: Environment) -> Tensor:
         y, positions = targets.y[number], targets.positions[number]
-        outputs = self.kept.get((layer.weight, 0))
+        outputs = self.kept.get((layer.weight, layer.outputs_dim))
         pick = None if outputs is None else torch.tensor(outputs, device=y.device)
         undo, shortcut = targets.undo, layer.shortcut
         y = y if pick is None else y[:, pick]

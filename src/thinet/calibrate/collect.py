@@ -126,7 +126,7 @@ class Collector:
         layer = self.layers.get(op.index)
         if layer is None or (self.again and self.key[op.index] not in self.measured):
             return
-        x, weight = envs[0][layer.x.id], self.execution.tensors[layer.weight]
+        x, weight = envs[0][layer.x.id], layer.matrix(self.execution.tensors)
         columns = columns_of(layer, weight)
 
         def positions(rows: Rows) -> Tensor | None:
@@ -281,7 +281,7 @@ def collect(
             units = torch.tensor(site.units)
             consumers.setdefault(site.op, []).append((group.name, group.channels, units))
     columns = {
-        key[op]: columns_of(each, execution.tensors[each.weight]) for op, each in layers.items()
+        key[op]: columns_of(each, each.matrix(execution.tensors)) for op, each in layers.items()
     }
     rows = rows or Rows()
     solved = {op: count for op, count in columns.items() if count <= WIDEST}

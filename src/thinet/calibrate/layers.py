@@ -32,7 +32,9 @@ class Layer:
     Attributes:
         op: index of the operation.
         module: path of the module that runs it.
-        weight, bias: names of the parameters; weight is (N, C / groups, *kernel) or (N, C).
+        weight, bias: names of the parameters.
+        inputs_first: whether the weight is (C, N, *kernel), as of a transposed convolution or of
+            x @ W; else it is (N, C / groups, *kernel) or (N, C).
         transposed: what the operation reads in the weight's place, if not the weight itself.
         x, y: its input and output.
         norm: the BatchNorm that alone reads y, if there is one.
@@ -45,6 +47,7 @@ class Layer:
     module: str
     weight: str
     bias: str | None
+    inputs_first: bool
     transposed: Value | None
     geometry: Geometry
     x: Value
@@ -58,6 +61,22 @@ class Layer:
     def shared(self) -> bool:
         """Whether anything else uses the same weight or bias."""
         return self.uses > 1
+
+    @property
+    def outputs_dim(self) -> int:
+        """Which dimension of the parameter is that of the outputs; the other is the inputs'."""
+        return int(self.inputs_first)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight as (N, C / groups, *kernel), by which the rows of `patches` are multiplied."""
+        return self.turned(tensors[self.weight])
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """From the parameter's way to that of `matrix`, and back."""
+        if not self.inputs_first:
+            return weight
+        across = weight.transpose(0, 1)
+        return across.flip(tuple(range(2, weight.ndim))) if weight.ndim > 2 else across
 
 
 def output_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -94,7 +113,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
         parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, transposed)
         if parts is None or parts[1].id not in program.names:
             continue
-        x, weight, bias, geometry = parts
+        x, weight, bias, geometry, inputs_first = parts
         if x.id in program.names or (bias is not None and bias.id not in program.names):
             continue
         y = op.outputs()[0]
@@ -105,6 +124,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
             module=op.module,
             weight=program.names[weight.id],
             bias=None if bias is None else program.names[bias.id],
+            inputs_first=inputs_first,
             transposed=next((v for v in op.inputs() if transposed.get(v.id) is weight), None),
             geometry=geometry,
             x=x,
@@ -154,20 +174,22 @@ def same_layers(ours: Mapping[int, Layer], theirs: Mapping[int, Layer]) -> dict[
     return found
 
 
-Parts = tuple[Value, Value, Value | None, Geometry]
+Parts = tuple[Value, Value, Value | None, Geometry, bool]
 
 
 def _convolution(op: Op) -> Parts | None:
-    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = op.args
-    if is_transposed:
+    x, weight, bias, stride, padding, dilation, is_transposed, extra, groups = op.args
+    if is_transposed and groups > 1:
         return None
     rank = len(weight.shape) - 2
 
     def spread(values: list[int]) -> tuple[int, ...]:
         return tuple(values) if len(values) == rank else tuple(values) * rank
 
-    geometry = Geometry(weight.shape[2:], spread(stride), spread(padding), spread(dilation), groups)
-    return x, weight, bias, geometry
+    walk = weight.shape[2:], spread(stride), spread(padding), spread(dilation)
+    if is_transposed:
+        return x, weight, bias, Geometry.transposed(*walk, spread(extra)), True
+    return x, weight, bias, Geometry(*walk, groups), False
 
 
 def _linear(op: Op, transposed: Mapping[int, Value]) -> Parts | None:
@@ -179,9 +201,9 @@ def _linear(op: Op, transposed: Mapping[int, Value]) -> Parts | None:
         bias, (x, weight) = None, op.args[:2]
     else:
         return None
-    if weight.id not in transposed:
-        return None
-    return x, transposed[weight.id], bias, Geometry()
+    if weight.id in transposed:
+        return x, transposed[weight.id], bias, Geometry(), False
+    return x, weight, bias, Geometry(), True
 
 
 def _norm(

@@ -23,6 +23,10 @@ class Geometry:
     All tuples have one entry for each spatial dimension (0 for a linear layer, whose channels are
     the last dimension; 1 to 3 for a convolution, whose channels are dimension 1). `padding` is
     symmetric and made of zeros. `taps` is the number of kernel positions, 1 for a linear layer.
+
+    A transposed convolution is one over its input spread apart (`transposed`): `spread` - 1 zeros
+    between neighbours, and `extra` more behind the last. Its padding may be negative, which cuts.
+    Both are empty for all others.
     """
 
     kernel: tuple[int, ...] = ()
@@ -30,11 +34,35 @@ class Geometry:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    spread: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.kernel), len(self.stride), len(self.padding), len(self.dilation)}
-        if len(sizes) != 1:
+        if len(sizes) != 1 or not {len(self.spread), len(self.extra)} <= {0, self.rank}:
             raise CalibrationError(f"kernel, stride, padding and dilation differ in rank: {self}")
+
+    @classmethod
+    def transposed(
+        cls,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        extra: tuple[int, ...],
+    ) -> Geometry:
+        """That of a transposed convolution, whose weight is turned for it (`Layer.matrix`).
+
+        Output o is reached from input i through tap k where i * stride - padding + k * dilation
+        = o; over the spread input and the mirrored kernel that is a convolution of stride 1.
+
+        Args:
+            kernel, stride, padding, dilation, extra: the operation's own (`extra` is its
+                output_padding).
+        """
+        around = tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+        steps = (1,) * len(kernel)
+        return cls(kernel, steps, around, dilation, spread=stride, extra=extra)
 
     @property
     def rank(self) -> int:
@@ -46,6 +74,9 @@ class Geometry:
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial output size for a spatial input size."""
+        if self.spread:
+            gaps = zip(size, self.spread, self.extra, strict=True)
+            size = tuple((n - 1) * s + 1 + e for n, s, e in gaps)
         walks = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in walks)
 
@@ -157,7 +188,7 @@ def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> T
         )
     if geometry.taps == 1 and out == size and not any(geometry.padding):
         return output_rows(x, geometry, positions)
-    if positions is None and geometry.rank == 2:
+    if positions is None and geometry.rank == 2 and not geometry.spread:
         unfolded = functional.unfold(
             x, geometry.kernel, geometry.dilation, geometry.padding, geometry.stride
         )
@@ -208,10 +239,13 @@ def _windows(x: Tensor, geometry: Geometry, out: tuple[int, ...], positions: Ten
         offset = taps[:, axis] * geometry.dilation[axis] - geometry.padding[axis]
         at = start[:, None] * geometry.stride[axis] + offset
         limit = x.shape[2 + axis]
+        if geometry.spread:
+            inside &= at % geometry.spread[axis] == 0
+            at = at.div_(geometry.spread[axis], rounding_mode="floor")
         inside &= (at >= 0) & (at < limit)
         index = index * limit + at.clamp_(0, limit - 1)
     found = x.movedim(1, -1).reshape(-1, channels).index_select(0, index.flatten())
     found = found.view(len(positions), geometry.taps, channels)
-    if any(geometry.padding):
+    if any(geometry.padding) or geometry.spread:
         found.masked_fill_(~inside[..., None], 0)
     return found.transpose(1, 2).reshape(len(positions), channels * geometry.taps)

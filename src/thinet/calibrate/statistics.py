@@ -39,7 +39,7 @@ def group_statistics(
             continue
         units = torch.tensor(site.units)
         # A copy: criteria are anyone's, and may work in place.
-        weight = dense_weight(tensors[layer.weight], layer.geometry).clone()
+        weight = dense_weight(layer.matrix(tensors), layer.geometry).clone()
         root = seen.roots.get(site.op)
         weight = weighed(weight, root)
         if site.op in seen.moments:

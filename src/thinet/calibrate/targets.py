@@ -82,7 +82,7 @@ def target_bytes(
     """
     total = 0
     for layer in layers.values():
-        weight = execution.tensors[layer.weight]
+        weight = layer.matrix(execution.tensors)
         there = positions_in(layer, weight, batches)
         looked_at = min(there, wanted(rows, columns_of(layer, weight)))
         apart = layer.shortcut is not None and layer.op not in at_hand

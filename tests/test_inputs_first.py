@@ -1,0 +1,223 @@
+"""Weights whose first dimension is that of the inputs: transposed convolutions, and x @ W."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thinet
+from tests.oracle import randomise
+from tests.test_repair import close, images, least_squares, repaired, rows
+from thinet.calibrate.collect import collect
+from thinet.calibrate.layers import find_layers
+from thinet.calibrate.patches import Geometry, output_rows, patches, sample_positions
+from thinet.calibrate.statistics import group_statistics
+from thinet.repair import Repaired
+from thinet.trace.analyse import analyse
+from thinet.trace.record import record
+
+CONVOLVE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+CASES = {  # kernel, stride, padding, dilation, output_padding, size
+    "k2s2": ((2, 2), (2, 2), (0, 0), (1, 1), (0, 0), (3, 4)),
+    "k4s2p1": ((4, 4), (2, 2), (1, 1), (1, 1), (0, 0), (3, 4)),
+    "k3s2p1o1": ((3, 3), (2, 2), (1, 1), (1, 1), (1, 1), (4, 3)),
+    "uneven": ((3, 1), (1, 3), (2, 0), (2, 1), (0, 2), (5, 3)),
+    "cropped": ((1, 1), (2, 2), (1, 1), (1, 1), (1, 0), (4, 4)),
+    "line": ((5,), (3,), (2,), (1,), (1,), (6,)),
+    "volume": ((2, 3, 3), (2, 1, 2), (0, 1, 1), (1, 1, 1), (0, 0, 1), (2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_patches_times_the_turned_weight_are_the_transposed_convolution(
+    case: str, sampled: bool
+) -> None:
+    kernel, stride, padding, dilation, extra, size = CASES[case]
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    weight = torch.randn(3, 4, *kernel, dtype=torch.float64)
+    y = CONVOLVE[len(kernel)](x, weight, None, stride, padding, extra, 1, dilation)
+    geometry = Geometry.transposed(kernel, stride, padding, dilation, extra)
+    assert geometry.output_size(size) == y.shape[2:]
+    positions = None
+    if sampled:
+        positions = sample_positions(2, y[0, 0].numel(), 11, torch.Generator().manual_seed(0))
+    turned = weight.transpose(0, 1).flip(tuple(range(2, weight.ndim)))
+    made = patches(x, geometry, positions) @ turned.flatten(1).T
+    torch.testing.assert_close(made, output_rows(y, geometry, positions))
+
+
+class Up(nn.Module):
+    """first -> relu -> transposed convolution -> last."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.up = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1, bias=bias)
+        self.last = nn.Conv2d(5, 4, 1)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.relu(self.first(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.up(self.inner(x))))
+
+
+class Product(nn.Module):
+    """GPT-2's layers: weights of (inputs, outputs), with a bias and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(3, 7))
+        self.shift = nn.Parameter(torch.randn(7))
+        self.second = nn.Parameter(torch.randn(7, 5))
+        self.third = nn.Linear(5, 4)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.gelu(torch.addmm(self.shift, x.flatten(0, -2), self.first))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x) @ self.second
+        return self.third(F.relu(y)).unflatten(0, x.shape[:-1])
+
+
+def columns(x: Tensor, up: nn.ConvTranspose2d) -> Tensor:
+    """(rows, inputs * taps): what a weight of a single one makes, for each place of that one."""
+    taps = up.weight[0, 0].numel()
+    ones = torch.eye(taps).view(taps, 1, *up.weight.shape[2:])
+    made = [
+        F.conv_transpose2d(
+            x[:, c : c + 1], one[None], None, up.stride, up.padding, up.output_padding
+        )
+        for c in range(x.shape[1])
+        for one in ones
+    ]
+    return rows(torch.cat(made, 1))
+
+
+def test_they_are_layers_unless_they_have_groups() -> None:
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 2, 1)
+    )
+    found = find_layers(record(model, torch.randn(2, 3, 4, 4))).values()
+    assert [(layer.weight, layer.inputs_first) for layer in found] == [
+        ("0.weight", True), ("2.weight", False)
+    ]  # fmt: skip
+    found = find_layers(record(Product(), torch.randn(2, 6, 3))).values()
+    assert [(layer.weight, layer.bias, layer.inputs_first) for layer in found] == [
+        ("first", "shift", True), ("second", None, True), ("third.weight", "third.bias", False)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_convolution_is_refitted_by_least_squares(bias: bool) -> None:
+    model, batches, kept = randomise(Up(bias)).eval(), images(), [0, 2, 5]
+    small, report = repaired(model, {"first": kept}, batches)
+    assert report == Repaired(("up", "last"), {})
+    y = model.inner(torch.cat(batches))
+    phi, target = columns(y[:, kept], model.up), rows(model.up(y))
+    weight, shift = least_squares(phi, target, intercept=bias)
+    close(small.up.weight.transpose(0, 1).flatten(1), weight)
+    if bias:
+        close(small.up.bias, shift)
+
+
+@torch.no_grad()
+def test_one_that_loses_outputs_too_keeps_the_right_targets() -> None:
+    model, batches = randomise(Up()).eval(), images()
+    keep = {"first": [0, 2, 5], "up": [1, 2, 4]}
+    small, report = repaired(model, keep, batches)
+    assert report == Repaired(("up", "last"), {})
+    y = model.inner(torch.cat(batches))
+    target = rows(model.up(y))[:, keep["up"]]
+    weight, shift = least_squares(columns(y[:, keep["first"]], model.up), target)
+    close(small.up.weight.transpose(0, 1).flatten(1), weight)
+    close(small.up.bias, shift)
+
+
+@torch.no_grad()
+def test_a_product_is_refitted_by_least_squares() -> None:
+    model, batches = randomise(Product()).eval(), [torch.randn(9, 6, 3), torch.randn(4, 6, 3)]
+    kept, left = [0, 2, 3, 6], [1, 2, 4]
+    small, report = repaired(model, {"first": kept, "second": left}, batches)
+    assert report == Repaired(("second", "third"), {})
+    y = model.inner(torch.cat(batches))
+    weight, _ = least_squares(y[:, kept], (y @ model.second)[:, left], intercept=False)
+    close(small.second.T, weight)
+    assert small.second.shape == (4, 3) and small.first.shape == (3, 4)
+    assert torch.equal(small.first, model.first[:, kept])
+
+
+@torch.no_grad()
+def test_consumers_alone_are_told_by_their_inputs() -> None:
+    model, batches = randomise(Up()).eval(), images()
+    only = thinet.RepairSettings(ridge=0.0, layers="consumers")
+    _, report = repaired(model, {"first": [0, 2, 5]}, batches, settings=only)
+    assert report.refitted == ("up",)
+    _, report = repaired(model, {"up": [0, 2]}, batches, settings=only)
+    assert report.refitted == ("last",)
+
+
+@torch.no_grad()
+def test_thinet_sums_what_each_channel_makes_of_the_output() -> None:
+    model, x = randomise(Up()).eval(), torch.randn(6, 3, 4, 5)
+    analysis = analyse(model, x[:1])
+    group = analysis.group("first")
+    seen = collect(model, [x], program=analysis.program, groups=[group])
+    stats = group_statistics(model, group, seen)
+    y = model.inner(x)
+    parts = torch.stack([
+        rows(F.conv_transpose2d(y[:, c : c + 1], model.up.weight[c : c + 1], None, 2, 1, 1))
+        for c in range(6)
+    ]).double()  # fmt: skip
+    energy = parts.sum(0).var(0, correction=0).sum()
+    expected = torch.einsum("cro,dro->cd", parts, parts) / parts.shape[1] / energy
+    assert stats.gram is not None
+    torch.testing.assert_close(stats.gram, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("repair", ["scale", "full"])
+@pytest.mark.parametrize("criterion", ["thinet", "block-obs", "random"])
+def test_dead_channels_before_one_go_for_nothing(repair: Any, criterion: str) -> None:
+    model, x = randomise(Up()).eval(), torch.randn(40, 3, 6, 6)
+    model.first.weight[[1, 3, 4]] = 0
+    model.first.bias[[1, 3, 4]] = -1
+    found = thinet.prune(
+        model, x[:1], [x], criterion=criterion, repair=repair, only="first",
+        budget=thinet.Budget(keep=0.5), widths="uniform", divisor=1,
+    )  # fmt: skip
+    assert found.model.first.weight.shape[0] == 3
+    if criterion != "random":
+        assert found.plan.keep["first"] == (0, 2, 5)
+        close(found.model(x), model(x))
+    assert "first" not in str(found.report.notes)
+    assert not found.report.not_refitted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("net", [Up, Product])
+def test_the_joint_refit_takes_them_on_either_side(net: Any) -> None:
+    torch.manual_seed(1)
+    model = randomise(net()).eval()
+    x = torch.randn(48, 3, 6, 6) if net is Up else torch.randn(64, 6, 3)
+    errors: dict[int, float] = {}
+    for refine in (0, 8):
+        found = thinet.prune(
+            model, x[:1], [x[:32], x[32:]], budget=thinet.Budget(keep=0.6), divisor=1,
+            repair_settings=thinet.RepairSettings(refine=refine),
+        )  # fmt: skip
+        errors[refine] = float((found.model(x) - model(x)).square().mean())
+        if refine:
+            pairs = {
+                Up: {"first -> up", "up -> last"},
+                Product: {"first -> second", "second -> third"},
+            }
+            assert set(found.report.refined) == pairs[net]
+            assert all(after < before for before, after in found.report.refined.values())
+    assert errors[8] < errors[0]
