@@ -221,3 +221,13 @@ def test_the_joint_refit_takes_them_on_either_side(net: Any) -> None:
             assert set(found.report.refined) == pairs[net]
             assert all(after < before for before, after in found.report.refined.values())
     assert errors[8] < errors[0]
+
+
+def test_a_weight_norm_says_how_its_inputs_can_be_cut() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 4, 3))
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), normed, nn.Conv1d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 12)
+    locked = thinet.find_groups(model, x)[0].locked
+    assert locked is not None and "remove_parametrizations" in locked
+    nn.utils.parametrize.remove_parametrizations(normed, "weight")
+    assert thinet.find_groups(model, x)[0].locked is None

@@ -230,6 +230,7 @@ def _orders(
             f"criterion{' or exact sampling' if paper else ''}: "
             + "; ".join(
                 f"{name}: {what} could not be measured"
+                + "".join(f"; {why}" for why in _no_layers(task, seen, [name]).values())
                 for name, what in list(unmeasured.items())[:3]
             )
         )
@@ -241,16 +242,17 @@ def _orders(
     return orders, curves, tuple(notes)
 
 
-def _no_layers(task: Task, seen: Observations, keep: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Consumers of cut channels that are no layers to the repair, with the reason."""
+def _no_layers(task: Task, seen: Observations, names: Collection[str]) -> dict[str, str]:
+    """Consumers of these groups that are no layers to what measures and repairs, with the reason."""
     ops = task.analysis.program.ops
     return {
         site.module or "the model": (
             f"weights are solved for convolutions and linear layers whose weights are parameters "
-            f"as they stand; this is {ops[site.op].name.removeprefix('aten.')}"
+            f"as they stand; {site.module or 'the model itself'} "
+            f"({ops[site.op].name.removeprefix('aten.')}) is no such layer"
         )
         for group in task.groups
-        if group.name in keep
+        if group.name in names
         for site in group.sites
         if site.op not in seen.layers
     }

@@ -84,13 +84,19 @@ def _over(labels: Labeller, op: Op, axes: list[Axis]) -> None:
             labels.classes.normalise(axis, f"it is normalised over by {op.where}")
 
 
+FOLDED = (
+    " (torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm, makes it a plain "
+    "weight that can be cut exactly)"
+)
+
+
 def weight_norm(labels: Labeller, op: Op) -> None:
     """w = g v / |v|: the norm runs over every dimension but one."""
     v, g, dim = op.args[0], op.args[1], (op.args[2] if len(op.args) > 2 else 0)
     axes = list(labels.of(v))
     for other, axis in enumerate(axes):
-        if other != dim:
-            _over(labels, op, [axis])
+        if other != dim and isinstance(axis, np.ndarray):
+            labels.classes.normalise(axis, f"it is normalised over by {op.where}{FOLDED}")
     axes[dim] = labels.join(axes[dim], labels.of(g)[dim], op.where)
     first, *others = op.outputs()
     labels.set(first, axes)
