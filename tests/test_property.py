@@ -93,6 +93,25 @@ def test_nets_without_hazards_are_free(steps: list[Step], flatten: bool, seed: i
     assert_all_free(steps, flatten, seed)
 
 
+@settings(QUIET, max_examples=40)
+@given(steps_of({"transposed": None, "grouped": None}, 7), st.integers(0, 999))
+def test_a_full_repair_is_no_worse_than_the_bare_cut(steps: list[Step], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = randomise(RandomNet(steps), seed).eval()
+    note(model.describe())
+    batches = list(torch.randn(64, 3, 4, 4).split(16))
+    missed: dict[str, float] = {}
+    with torch.no_grad():
+        for repair in ("none", "full"):
+            found = thinet.prune(
+                model, batches[0][:2], batches, budget=thinet.Budget(keep=0.6), repair=repair
+            )
+            pairs = [(found.model(x), model(x)) for x in batches]
+            missed[repair] = sum(float((a - b).square().sum()) for a, b in pairs)
+            energy = sum(float(b.square().sum()) for _, b in pairs)
+    assert missed["full"] <= 1.02 * missed["none"] + 1e-9 * energy
+
+
 def draw(rng: random.Random, kinds: dict[str, Any], most: int) -> list[Step]:
     names = (sorted(PLAIN), sorted(kinds))
     count = rng.randint(1, most)
