@@ -102,6 +102,29 @@ def test_the_divisor_gives_way_to_the_budget() -> None:
     assert finer == 14
 
 
+def test_a_dear_unit_leaves_room_for_others_to_give() -> None:
+    """One of four heads costs an eighth of all and loses next to nothing; the rest are 128 fine
+    units that lose more. Without the head, 0.875 remain: at 0.95 it has to stay."""
+    heads, fine = group("heads", 4), group("fine", 128)
+    sizes = Size(0, (("heads", 1),)), Size(0, (("fine", 1),))
+    terms = CostTerm("", 32, sizes[:1]), CostTerm("", 1, sizes[1:])
+    cost = Costs(full={"heads": 4, "fine": 128}, macs_terms=terms, params_terms=terms)
+    assert cost.macs({}) == 256
+    curves = {"heads": [0, 1e-3, 2e-3, 3e-3, 1], "fine": [float(r) for r in range(129)]}
+    budgets = {0.95: (4, 116), 0.875: (3, 128), 0.8: (3, 110), 0.7: (2, 116)}
+    for allocator in (allocate, allocate_dynamic):
+        for fraction, widths in budgets.items():
+            found = error_widths(
+                Budget(macs=fraction), [heads, fine], curves, cost, divisor=1, late=1.0,
+                allocator=allocator,
+            )  # fmt: skip
+            by_hand = (found["heads"], found["fine"])
+            assert by_hand == pytest.approx(widths, abs=2), (fraction, found)
+            assert abs(cost.macs(found) / 256 - fraction) <= 0.01
+    coarse = error_widths(Budget(macs=0.94), [heads, fine], curves, cost, divisor=4, late=1.0)
+    assert coarse == {"heads": 4, "fine": 112}
+
+
 def test_a_budget_out_of_reach_says_so() -> None:
     choice = Allowed("a", (2, 4), (1.0, 0.0), {2: 1.0, 4: 0.0})
     model = costs({"a": 4}, ["a"])

@@ -108,6 +108,11 @@ def error_widths(
     terms = costs.macs_terms if budget.kind == "macs" else costs.params_terms
     full = measure({})
     target = budget.fraction * full
+    enough = target - WITHIN * full
+
+    def shared(choices: Sequence[Allowed]) -> dict[str, int]:
+        return (allocator or allocate)(choices, terms, costs.full, target)
+
     while True:
         choices = [
             allowed_widths(g, weighed[g.name], divisor=divisor, least=min(narrowest, g.channels))
@@ -116,7 +121,7 @@ def error_widths(
             for g in groups
         ]
         try:
-            widths = (allocator or allocate)(choices, terms, costs.full, target)
+            widths = shared(choices)
         except BudgetError as error:
             if divisor == 1 and (narrowest == 1 or least is not None):
                 remains = measure({c.name: min(c.between) for c in choices}) / full
@@ -127,13 +132,43 @@ def error_widths(
                 ) from error
             divisor, narrowest = 1, narrowest if least is not None else 1
             continue
-        if divisor == 1 or measure(widths) >= target - WITHIN * full:
+        if measure(widths) < enough:
+            widths = _held_wider(choices, widths, shared, lambda w: measure(w) >= enough)
+        if divisor == 1 or measure(widths) >= enough:
             free = [g for g in groups if g.name not in fixed]
             widths = nearer_widths(widths, free, measure, target, WITHIN * full, least=least or 1)
             if exactly:
                 check_reached(budget, {budget.kind: measure(widths) / full})
             return widths
         divisor //= 2
+
+
+def _held_wider(
+    choices: Sequence[Allowed],
+    widths: dict[str, int],
+    shared: Callable[[Sequence[Allowed]], dict[str, int]],
+    enough: Callable[[Mapping[str, int]], bool],
+) -> dict[str, int]:
+    """The same budget with one group held a step wider, where that uses enough of it.
+
+    A group of few dear units, such as heads, may save more than was asked for with its next one, so
+    that nothing is left for others to give; held wider, they give it. Of those that use enough of
+    the budget the one with the least error; the widths as they are, if there is none.
+    """
+    found: list[tuple[float, dict[str, int]]] = []
+    for number, choice in enumerate(choices):
+        wider = min((w for w in choice.between if w > widths[choice.name]), default=None)
+        if wider is None:
+            continue
+        error = choice.between[wider]
+        held = Allowed(choice.name, (wider,), (error,), {wider: error})
+        try:
+            others = shared([*choices[:number], held, *choices[number + 1 :]])
+        except BudgetError:
+            continue
+        if enough(others):
+            found.append((sum(c.between[others[c.name]] for c in choices), others))
+    return min(found, key=lambda each: each[0])[1] if found else widths
 
 
 def _curve(group: ChannelGroup, curves: Mapping[str, Sequence[float]]) -> Sequence[float]:

@@ -14,6 +14,7 @@ from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.rows import Rows
+from thinet.calibrate.ways import same_way
 from thinet.errors import BudgetError, OptionError
 from thinet.observe import full_products
 from thinet.one_round import Pairs, Task, known_widths, one_round
@@ -167,6 +168,8 @@ def _pruned(
     known = known_widths(task)
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device, like=inputs)
+    alike, left_out = same_way(model, analysis.program, [batch for batch, _ in pairs])
+    pairs = [pairs[number] for number in alike]
     images = sum(images_in(batch) for batch, _ in pairs)
     passed = analysis.costs.macs({}) * images / max(images_in(inputs), 1)
     iterations, notes = _iterations(task, passed)
@@ -183,7 +186,7 @@ def _pruned(
     if result is None:
         clock.lap("groups")
         result = one_round(task, known, pairs, iterations=iterations, clock=clock)
-    return with_notes(result, (*notes, *_of_the_widths(task, result.plan.keep)))
+    return with_notes(result, (*left_out, *notes, *_of_the_widths(task, result.plan.keep)))
 
 
 def _in_rounds(task: Task, rounds: int, pairs: Pairs, iterations: int, clock: Clock) -> PruneResult:
