@@ -85,6 +85,21 @@ class Product(nn.Module):
         return self.third(F.relu(y)).unflatten(0, x.shape[:-1])
 
 
+class Summed(nn.Module):
+    """The same sums written as einsum, with the outputs first and with the inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 7, 1)
+        self.second = nn.Parameter(torch.randn(5, 7))
+        self.third = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x)).movedim(1, -1)
+        y = torch.einsum("bhwc,dc->bhwd", y, self.second)
+        return torch.einsum("bhwc,cd->bhwd", F.relu(y), self.third)
+
+
 def columns(x: Tensor, up: nn.ConvTranspose2d) -> Tensor:
     """(rows, inputs * taps): what a weight of a single one makes, for each place of that one."""
     taps = up.weight[0, 0].numel()
@@ -154,6 +169,39 @@ def test_a_product_is_refitted_by_least_squares() -> None:
 
 
 @torch.no_grad()
+def test_sums_by_einsum_are_refitted_by_least_squares() -> None:
+    model, batches = randomise(Summed()).eval(), images()
+    found = find_layers(record(model, batches[0])).values()
+    assert [(layer.weight, layer.inputs_first) for layer in found] == [
+        ("first.weight", False), ("second", False), ("third", True)
+    ]  # fmt: skip
+    kept, left = [0, 2, 3, 6], [1, 2, 4]
+    small, report = repaired(model, {"first": kept, "second": left}, batches)
+    assert report == Repaired(("second", "third"), {})
+    x = torch.cat(batches)
+    y = rows(F.relu(model.first(x)))
+    weight, _ = least_squares(y[:, kept], (y @ model.second.T)[:, left], intercept=False)
+    close(small.second, weight)
+    z = F.relu(y[:, kept] @ small.second.T)
+    target = F.relu(y @ model.second.T) @ model.third
+    close(small.third.T, least_squares(z, target, intercept=False)[0], 1e-3)
+
+
+@torch.no_grad()
+def test_a_view_that_is_not_the_whole_matrix_is_no_weight() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.folded = nn.Linear(3, 8), nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.first(x)) @ self.folded.view(8, 4)
+
+    found = find_layers(record(Folded(), torch.randn(2, 3))).values()
+    assert [layer.weight for layer in found] == ["first.weight"]
+
+
+@torch.no_grad()
 def test_consumers_alone_are_told_by_their_inputs() -> None:
     model, batches = randomise(Up()).eval(), images()
     only = thinet.RepairSettings(ridge=0.0, layers="consumers")
@@ -201,11 +249,11 @@ def test_dead_channels_before_one_go_for_nothing(repair: Any, criterion: str) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("net", [Up, Product])
+@pytest.mark.parametrize("net", [Up, Product, Summed])
 def test_the_joint_refit_takes_them_on_either_side(net: Any) -> None:
     torch.manual_seed(1)
     model = randomise(net()).eval()
-    x = torch.randn(48, 3, 6, 6) if net is Up else torch.randn(64, 6, 3)
+    x = torch.randn(64, 6, 3) if net is Product else torch.randn(48, 3, 6, 6)
     errors: dict[int, float] = {}
     for refine in (0, 8):
         found = thinet.prune(
@@ -217,6 +265,7 @@ def test_the_joint_refit_takes_them_on_either_side(net: Any) -> None:
             pairs = {
                 Up: {"first -> up", "up -> last"},
                 Product: {"first -> second", "second -> third"},
+                Summed: {"first -> second", "second -> third"},
             }
             assert set(found.report.refined) == pairs[net]
             assert all(after < before for before, after in found.report.refined.values())

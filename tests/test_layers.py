@@ -198,8 +198,8 @@ def test_plain_layers_have_neither() -> None:
         "token": (None, None, "token.bias"),
     }
     assert layers["fc"].geometry.rank == 0
-    assert layers["fc"].transposed is not None and layers["fc"].transposed.shape == (3, 4)
-    assert layers["conv"].transposed is None
+    assert layers["fc"].read is not None and layers["fc"].read.shape == (3, 4)
+    assert layers["conv"].read is None
 
 
 @pytest.mark.parametrize("cls", [ActivationBetween, Weighted])

@@ -148,8 +148,8 @@ class PairOutputs:
             adds = self.free[n] or layer.bias is not None
             return op.func(x, layer.turned(weight), added if adds else None, *op.args[3:])
         put = dict(given)
-        if layer.transposed is not None:
-            put[layer.transposed.id] = weight.T
+        if layer.read is not None:
+            put[layer.read.id] = layer.as_read(weight)
         else:
             put[self._ids[layer.weight]] = layer.turned(weight)
         if layer.bias is not None:

@@ -243,7 +243,7 @@ def _orders(
 
 
 def _no_layers(task: Task, seen: Observations, names: Collection[str]) -> dict[str, str]:
-    """Consumers of these groups that are no layers to what measures and repairs, with the reason."""
+    """Consumers of these groups that are no layers to measuring and repair, with the reason."""
     ops = task.analysis.program.ops
     return {
         site.module or "the model": (

@@ -132,7 +132,7 @@ class _Pass:
         self.same = same_layers(layers, self.dense_layers)
         needs = dependencies(self.program)
         pairs = find_pairs(self.program, layers, needs)
-        self.pairs = {i: p for i, p in pairs.items() if (p.producer.weight, p.producer.outputs_dim) in self.kept}
+        self.pairs = {i: p for i, p in pairs.items() if self._kept(p.producer) is not None}
         first = {
             i: [n for n in (shortcut_source(self.program, p.consumer), *p.needs) if n is not None]
             for i, p in self.pairs.items()
@@ -161,6 +161,10 @@ class _Pass:
                 if self.execution.tensors[name].data_ptr() != tensor.data_ptr():
                     tensor.copy_(self.execution.tensors[name])
         return Refined(self.errors, self.skipped)
+
+    def _kept(self, layer: Layer) -> Sequence[int] | None:
+        """Which of its outputs stay; None where all do."""
+        return self.kept.get((layer.weight, layer.outputs_dim))
 
     def _try(self, pair: Pair) -> None:
         ends = (pair.producer, pair.consumer)
@@ -229,7 +233,7 @@ class _Pass:
             if layer.norm.scale is not None:
                 gain = gain * tensors[layer.norm.scale]
         factor = _along(layer, gain)
-        outputs = self.kept.get((layer.weight, layer.outputs_dim))
+        outputs = self._kept(layer)
         pick = None if outputs is None else torch.tensor(outputs, device=gain.device)
         dim = -1 - layer.geometry.rank
         moved: Tensor | float = 0.0  # by what the repair has put into the norm
@@ -311,10 +315,10 @@ class _Pass:
                 tensors[layer.bias] = tensors[layer.bias] + intercept
             elif layer.norm is not None:
                 tensors[layer.norm.mean] = tensors[layer.norm.mean] - intercept
-            if layer.transposed is not None:  # it may have been made already
+            if layer.read is not None:  # it may have been made already
                 for env in self.lane.envs:
-                    if layer.transposed.id in env:
-                        env[layer.transposed.id] = weight.T
+                    if layer.read.id in env:
+                        env[layer.read.id] = layer.as_read(weight)
 
 
 def _along(layer: Layer, values: Tensor) -> Tensor:

@@ -305,9 +305,9 @@ class _Pass:
         )
         tensors[layer.weight] = layer.turned(new.reshape(weight.shape).to(weight)).contiguous()
         for use in together:
-            if use.transposed is not None:  # it was made before this layer's turn came
+            if use.read is not None:  # it was made before this layer's turn came
                 for env in envs:
-                    env[use.transposed.id] = tensors[layer.weight].T
+                    env[use.read.id] = use.as_read(layer.matrix(tensors))
         if layer.bias is not None:
             tensors[layer.bias] = intercept.flatten().to(tensors[layer.bias])
         elif norm is not None:

@@ -35,7 +35,7 @@ class Layer:
         weight, bias: names of the parameters.
         inputs_first: whether the weight is (C, N, *kernel), as of a transposed convolution or of
             x @ W; else it is (N, C / groups, *kernel) or (N, C).
-        transposed: what the operation reads in the weight's place, if not the weight itself.
+        read: what the operation reads in the weight's place, if not the weight itself.
         x, y: its input and output.
         norm: the BatchNorm that alone reads y, if there is one.
         shortcut: what is added to y (behind the norm), if its sum alone goes on.
@@ -48,7 +48,7 @@ class Layer:
     weight: str
     bias: str | None
     inputs_first: bool
-    transposed: Value | None
+    read: Value | None
     geometry: Geometry
     x: Value
     y: Value
@@ -78,6 +78,11 @@ class Layer:
         across = weight.transpose(0, 1)
         return across.flip(tuple(range(2, weight.ndim))) if weight.ndim > 2 else across
 
+    def as_read(self, matrix: Tensor) -> Tensor:
+        """What stands in the place of `read`, of a product with a weight (N, C)."""
+        assert self.read is not None
+        return matrix.T.reshape(self.read.shape)
+
 
 def output_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
     """(outputs,) float64: what the BatchNorm behind a layer multiplies each output with."""
@@ -101,16 +106,10 @@ def find_layers(program: Program) -> dict[int, Layer]:
         for value in {v.id: v for v in op.inputs()}.values():
             readers.setdefault(value.id, []).append(op)
     returned = {value.id for value in values_of(program.outputs)}
-    transposed = {
-        op.outputs()[0].id: op.inputs()[0]
-        for op in program.ops
-        if op.name in ("aten.t", "aten.transpose", "aten.permute")
-        and op.inputs()[0].id in program.names
-        and len(op.inputs()[0].shape) == 2
-    }
+    views = _views(program)
     found: dict[int, Layer] = {}
     for op in program.ops:
-        parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, transposed)
+        parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, views)
         if parts is None or parts[1].id not in program.names:
             continue
         x, weight, bias, geometry, inputs_first = parts
@@ -125,31 +124,81 @@ def find_layers(program: Program) -> dict[int, Layer]:
             weight=program.names[weight.id],
             bias=None if bias is None else program.names[bias.id],
             inputs_first=inputs_first,
-            transposed=next((v for v in op.inputs() if transposed.get(v.id) is weight), None),
+            read=next((v for v in op.inputs() if v.id in views and views[v.id].of is weight), None),
             geometry=geometry,
             x=x,
             y=y,
             norm=norm,
             shortcut=shortcut,
             add=add,
-            uses=max(
-                _uses(p, readers, transposed, returned) for p in (weight, bias) if p is not None
-            ),
+            uses=max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None),
         )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A parameter (a, b) in other clothes: its entries laid out anew, none more and none less."""
+
+    of: Value
+    now: Tensor  # on the meta device: its strides say where each axis of the parameter went
+
+    def transposed(self) -> bool | None:
+        """Whether it is the parameter's (b, a), behind dimensions of one; None: another thing."""
+        *ones, rows, columns = self.now.shape
+        first, second = self.of.shape
+        strides = self.now.stride()[-2:]
+
+        def laid(*wanted: int) -> bool:
+            pairs = zip((rows, columns), strides, wanted, strict=True)
+            return all(n == 1 or stride == want for n, stride, want in pairs)
+
+        if any(n != 1 for n in ones):
+            return None
+        if (rows, columns) == (second, first) and laid(1, second):
+            return True
+        return False if (rows, columns) == (first, second) and laid(second, 1) else None
+
+
+VIEWS = frozenset(
+    f"aten.{name}" for name in "t transpose permute unsqueeze squeeze view _unsafe_view".split()
+)
+
+
+def _views(program: Program) -> dict[int, _View]:
+    """What is made of matrices among the parameters by turning and reshaping alone, by value."""
+    found: dict[int, _View] = {}
+    for op in program.ops:
+        if op.name not in VIEWS:
+            continue
+        source = op.inputs()[0]
+        if source.id in found:
+            parameter, now = found[source.id].of, found[source.id].now
+        elif source.id in program.names and len(source.shape) == 2:
+            parameter, now = source, torch.empty(source.shape, device="meta")
+        else:
+            continue
+        found[op.outputs()[0].id] = _View(parameter, op.func(now, *op.args[1:]))
     return found
 
 
 def _uses(
     parameter: Value,
     readers: Mapping[int, list[Op]],
-    transposed: Mapping[int, Value],
+    views: Mapping[int, _View],
     returned: Collection[int],
 ) -> int:
-    """How many operations read a parameter, itself or its transpose."""
-    total = int(parameter.id in returned)
-    for op in readers[parameter.id]:
-        made = op.outputs()[0].id
-        total += len(readers.get(made, ())) if made in transposed else 1
+    """How many operations read a parameter, itself or a view of it."""
+    total, pending = 0, [parameter.id]
+    while pending:
+        value = pending.pop()
+        total += value in returned
+        for op in readers.get(value, ()):
+            made = op.outputs()[0].id
+            if made in views:
+                pending.append(made)
+            else:
+                total += 1
     return total
 
 
@@ -192,18 +241,20 @@ def _convolution(op: Op) -> Parts | None:
     return x, weight, bias, Geometry(*walk, groups), False
 
 
-def _linear(op: Op, transposed: Mapping[int, Value]) -> Parts | None:
+def _linear(op: Op, views: Mapping[int, _View]) -> Parts | None:
     if op.name == "aten.addmm" and not op.kwargs:
         bias, x, weight = op.args[:3]
         if len(bias.shape) != 1:
             return None
-    elif op.name == "aten.mm":
+    elif op.name == "aten.mm" or (op.name == "aten.bmm" and op.args[1].shape[0] == 1):
         bias, (x, weight) = None, op.args[:2]
     else:
         return None
-    if weight.id in transposed:
-        return x, transposed[weight.id], bias, Geometry(), False
-    return x, weight, bias, Geometry(), True
+    if weight.id not in views:
+        return (x, weight, bias, Geometry(), True) if len(weight.shape) == 2 else None
+    view = views[weight.id]
+    turned = view.transposed()
+    return None if turned is None else (x, view.of, bias, Geometry(), not turned)
 
 
 def _norm(
