@@ -693,3 +693,37 @@ def test_a_refit_stays_quiet_where_training_drops(monkeypatch: pytest.MonkeyPatc
         change = small.wide.weight - bare.wide.weight
         changes.append(float(change.detach().norm()))
     assert changes[0] < 0.5 * changes[1]
+
+
+class Blurred(nn.Module):
+    """A fixed filter between two layers, as in networks that blur before they stride."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.third = nn.Conv2d(6, 4, 1)
+        self.register_buffer("blur", torch.rand(6, 1, 2, 2), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(F.relu(self.first(x)))
+        return self.third(F.relu(F.conv2d(y, self.blur, groups=len(self.blur))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("how", ["scale", "full"])
+def test_buffers_are_not_refitted(how: str, persistent: bool) -> None:
+    model, batches = randomise(Blurred(persistent)).eval(), images()
+    keep = {"first": [0, 2, 5, 6], "second": [0, 1, 4]}
+    small, report = repaired(model, keep, batches, how)
+    assert torch.equal(small.blur, model.blur[[0, 1, 4]])
+    if how == "full":
+        reason = "its weights are a buffer, which is not trained"
+        assert report == Repaired(("second", "third"), {"blur": reason})
+        found = thinet.prune(
+            model, batches[0], batches, budget=thinet.Budget(keep=0.6), divisor=1,
+            repair_settings=RepairSettings(refine=3),
+        )  # fmt: skip
+        assert found.report.not_refitted == {"blur": reason}
+        kept = list(found.plan.keep["second"])
+        assert torch.equal(found.model.blur, model.blur[kept])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
+from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers, trained_names
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
@@ -129,6 +129,7 @@ class _Pass:
         self.program, program = (e.program(batches[0]) for e in (self.execution, self.reference))
         layers, self.dense_layers = find_layers(self.program), find_layers(program)
         self.dropouts = dropouts(small, self.program)
+        self.trained = trained_names(small)
         self.same = same_layers(layers, self.dense_layers)
         needs = dependencies(self.program)
         pairs = find_pairs(self.program, layers, needs)
@@ -208,6 +209,8 @@ class _Pass:
                 return f"{name} is trained behind dropout, which a joint refit would not bear"
             if layer.shared:
                 return f"the weights of {name} are used more than once"
+            if layer.weight not in self.trained:
+                return f"the weights of {name} are a buffer, which is not trained"
             if columns_of(layer, weight) > WIDEST:
                 return f"{name} has more than {WIDEST} input columns"
             if weight.dtype not in (torch.float32, torch.float64):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers
+from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers, trained_names
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
@@ -36,6 +36,7 @@ from thinet.trace.program import Op
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 SHARED = "its weights are used more than once"
+FIXED = "its weights are a buffer, which is not trained"
 IN_TURN = "its weights are used again on what they have made"
 
 
@@ -132,6 +133,7 @@ def repair_scale(
     """
     tensors, weights = dict(named_tensors(small)), dict(named_tensors(dense))
     kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
+    trained = trained_names(dense)
     factors: list[tuple[Tensor, int, Tensor]] = []
     skipped: dict[str, str] = {}
     done: list[str] = []
@@ -142,8 +144,9 @@ def repair_scale(
         for site in group.sites:
             layer = seen.layers.get(site.op)
             found = None
-            if layer is not None and layer.shared:
-                skipped[layer.weight.removesuffix(".weight")] = SHARED
+            if layer is not None and (layer.shared or layer.weight not in trained):
+                reason = SHARED if layer.weight in trained else FIXED
+                skipped[layer.weight.removesuffix(".weight")] = reason
                 continue
             if layer is not None:
                 weight = dense_weight(layer.matrix(weights).detach(), layer.geometry)
@@ -190,6 +193,7 @@ class _Pass:
         self.dense = same_layers(self.layers, seen.layers)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
+        self.trained = trained_names(small)
         self.refitted: list[str] = []
         self.skipped: dict[str, str] = {}
 
@@ -251,6 +255,8 @@ class _Pass:
 
     def _cannot(self, together: Sequence[Layer], place: Mapping[int, int]) -> str | None:
         """Why the uses of one weight cannot be refitted together."""
+        if together[0].weight not in self.trained:
+            return FIXED
         if any(self.dense.get(use.op) not in self.seen.targets for use in together):
             return "the dense network has no such layer"
         if any(self.seen.targets[self.dense[u.op]].summed and u.shortcut is None for u in together):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +179,8 @@ def _views(program: Program) -> dict[int, _View]:
             parameter, now = source, torch.empty(source.shape, device="meta")
         else:
             continue
-        found[op.outputs()[0].id] = _View(parameter, op.func(now, *op.args[1:]))
+        with suppress(RuntimeError):  # a view of memory that lies otherwise than a fresh tensor's
+            found[op.outputs()[0].id] = _View(parameter, op.func(now, *op.args[1:]))
     return found
 
 
@@ -288,6 +290,11 @@ def _addition(
         return None, None
     other = operands[1] if operands[0] is value else operands[0]
     return (op.index, other) if other is not value else (None, None)
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of the parameters, all names of shared ones; buffers hold what is meant to be fixed."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def dropouts(model: nn.Module, program: Program) -> dict[int, float]:
