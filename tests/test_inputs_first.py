@@ -280,3 +280,173 @@ def test_a_weight_norm_says_how_its_inputs_can_be_cut() -> None:
     assert locked is not None and "remove_parametrizations" in locked
     nn.utils.parametrize.remove_parametrizations(normed, "weight")
     assert thinet.find_groups(model, x)[0].locked is None
+
+
+class BothWays(nn.Module):
+    """One weight read as (outputs, inputs) and as (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(5, 6)
+        self.weight = nn.Parameter(torch.randn(6, 8))
+        self.c, self.d = nn.Linear(6, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = F.relu(F.linear(F.relu(self.a(x)), self.weight))
+        back = F.relu(F.relu(self.b(x)) @ self.weight)
+        return self.c(there) + self.d(back)
+
+
+class TokenMixer(nn.Module):
+    """Products whose rows are the channels that a cut takes."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 3, 1)
+        self.mix = nn.Parameter(torch.randn(6, 7) * 0.4, requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.relu(F.relu(self.a(x)) @ self.mix))
+
+
+class LowRank(nn.Module):
+    """A weight that is a product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 8), nn.Linear(5, 3)
+        self.left, self.right = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.relu(F.relu(self.a(x)) @ (self.left.t() @ self.right)))
+
+
+def pruned(model: nn.Module, x: Tensor, keep: Any = 0.5, **options: Any) -> thinet.PruneResult:
+    settings = thinet.RepairSettings(ridge=1e-6, refine=options.pop("refine", 0))
+    return thinet.prune(
+        model.eval(), x[:2], [x], budget=thinet.Budget(keep=keep), divisor=1,
+        repair_settings=settings, **options,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_weight_read_both_ways_is_left_alone() -> None:
+    report = pruned(BothWays(), torch.randn(60, 5)).report
+    assert report.not_refitted == {"weight": "its weights are used more than once"}
+    assert set(report.refitted) == {"c", "d"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [40, 3000])  # more rows than are looked at
+def test_a_layer_whose_rows_are_cut_is_left_alone(images: int) -> None:
+    torch.manual_seed(0)
+    model, x = TokenMixer(True), torch.randn(images, 3, 6)
+    found = pruned(model, x, refine=3)
+    assert found.report.not_refitted == {"mix": "the cut takes away some of the rows that it sees"}
+    assert found.report.refitted == ("o",)
+    assert torch.equal(found.model.mix, model.mix)
+    bare = pruned(model, x, repair="none").model
+    assert (found.model(x) - model(x)).square().mean() < (bare(x) - model(x)).square().mean()
+
+
+@torch.no_grad()
+def test_a_product_of_parameters_is_no_layer() -> None:
+    model, x = LowRank(), torch.randn(60, 3)
+    found = find_layers(record(model, x[:2])).values()
+    assert [layer.weight for layer in found] == ["a.weight", "o.weight"]
+    report = pruned(model, x, {"a": 4}, criterion="l2").report
+    assert report.refitted == ("o",)
+    assert list(report.not_refitted) == ["the model"]
+
+
+@torch.no_grad()
+def test_what_is_fixed_lies_between_the_ends_of_a_pair() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(5, 12), nn.Linear(12, 3)
+            self.register_buffer("turn", torch.randn(12, 12) * 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(F.relu(self.a(x) @ self.turn))
+
+    torch.manual_seed(0)
+    report = pruned(Fixed(), torch.randn(100, 5), {"a": 6}, refine=5).report
+    ((pair, (before, after)),) = report.refined.items()
+    assert pair == "a -> o" and after < before
+    assert report.not_refitted == {
+        "turn": "its weights or its bias are a buffer, which is not trained"
+    }
+
+
+@torch.no_grad()
+def test_the_papers_draws_are_those_of_each_row_in_an_einsum_too() -> None:
+    class Tokens(nn.Module):
+        def __init__(self, summed: bool) -> None:
+            super().__init__()
+            self.summed = summed
+            self.a, self.weight = nn.Linear(5, 12), nn.Parameter(torch.randn(12, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return torch.einsum("btc,cd->btd", y, self.weight) if self.summed else y @ self.weight
+
+    x, grams = torch.randn(300, 4, 5), []
+    state = Tokens(False).state_dict()
+    for summed in (False, True):
+        model = Tokens(summed)
+        model.load_state_dict(state)
+        analysis = analyse(model, x[:2])
+        group = analysis.group("a")
+        for sampling in ("exact", "paper"):
+            seen = collect(model, [x], program=analysis.program, groups=[group], sampling=sampling)
+            stats = group_statistics(model, group, seen)
+            assert stats.gram is not None
+            grams.append(stats.gram)
+    torch.testing.assert_close(grams[0], grams[2], rtol=1e-4, atol=1e-5)
+    for drawn in (grams[1], grams[3]):
+        assert (drawn - grams[0]).norm() < 0.15 * grams[0].norm()
+
+
+@torch.no_grad()
+def test_a_weight_cut_to_one_entry_knows_its_sides() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.weight = nn.Linear(5, 4), nn.Parameter(torch.randn(4, 4).abs())
+            self.o = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.bmm(F.relu(self.a(x))[None], self.weight[None])[0])
+
+    torch.manual_seed(3)
+    model, x = Single().eval(), torch.randn(300, 5)
+    small, _ = repaired(model, {"a": [0], "weight": [3]}, [x])
+    y = F.relu(model.a(x))
+    weight, _ = least_squares(y[:, [0]], (y @ model.weight)[:, [3]], intercept=False)
+    close(small.weight, weight)
+
+
+@torch.no_grad()
+def test_a_bias_that_is_not_its_own_or_not_trained_is_left_alone() -> None:
+    class Biased(nn.Module):
+        def __init__(self, bias: Tensor, trained: bool) -> None:
+            super().__init__()
+            self.a, self.weight = nn.Linear(5, 8), nn.Parameter(torch.randn(8, 6))
+            self.o = nn.Linear(6, 3)
+            if trained:
+                self.bias = nn.Parameter(bias)
+            else:
+                self.register_buffer("bias", bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.addmm(self.bias, F.relu(self.a(x)), self.weight).relu())
+
+    x = torch.randn(60, 5)
+    one = pruned(Biased(torch.randn(1), True), x, {"a": 4}, criterion="l2")
+    assert one.report.refitted == ("o",) and one.model.bias.shape == (1,)
+    fixed = Biased(torch.randn(6), False)
+    found = pruned(fixed, x, {"a": 4})
+    assert found.report.refitted == ("o",)
+    assert found.report.not_refitted["weight"].startswith("its weights or its bias are a buffer")
+    assert torch.equal(found.model.bias, fixed.bias)

@@ -718,7 +718,7 @@ def test_buffers_are_not_refitted(how: str, persistent: bool) -> None:
     small, report = repaired(model, keep, batches, how)
     assert torch.equal(small.blur, model.blur[[0, 1, 4]])
     if how == "full":
-        reason = "its weights are a buffer, which is not trained"
+        reason = "its weights or its bias are a buffer, which is not trained"
         assert report == Repaired(("second", "third"), {"blur": reason})
         found = thinet.prune(
             model, batches[0], batches, budget=thinet.Budget(keep=0.6), divisor=1,

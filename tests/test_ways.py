@@ -49,15 +49,17 @@ def batch(count: int, padded: bool, seed: int, length: int = 5) -> dict[str, Ten
     return {"x": torch.randn(count, length, 6, generator=generator), "there": there}
 
 
-def chosen(kinds: str, sizes: dict[str, int] | None = None) -> tuple[list[int], tuple[str, ...]]:
+def chosen(
+    kinds: str, sizes: dict[str, int] | None = None, example: str = "w"
+) -> tuple[list[int], tuple[str, ...]]:
     """What is chosen of batches that are padded (p), whole (w) or longer and padded (P)."""
     sizes = sizes or {}
     batches = [
         batch(sizes.get(kind, 4), kind in "pP", n, length=7 if kind == "P" else 5)
         for n, kind in enumerate(kinds)
     ]
-    model = Masked().eval()
-    return same_way(model, record(model, batch(2, False, 99)), batches)
+    model, inputs = Masked().eval(), batch(2, example == "p", 99)
+    return same_way(model, inputs, record(model, inputs), batches)
 
 
 def test_what_asks_no_number_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +67,7 @@ def test_what_asks_no_number_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     program = record(model, torch.randn(2, 6))
     assert questions(program) == []
     monkeypatch.setattr("thinet.calibrate.ways.Execution", None)  # nothing is recorded or run
-    assert same_way(model, program, [torch.randn(2, 6)] * 3) == ([0, 1, 2], ())
+    assert same_way(model, torch.randn(2, 6), program, [torch.randn(2, 6)] * 3) == ([0, 1, 2], ())
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_what_asks_no_number_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         ("www", [0, 1, 2]),
         ("ppp", [0, 1, 2]),
         ("wpp", [1, 2]),
-        ("pwpw", [0, 2]),  # as many: the first
+        ("pwpw", [1, 3]),  # as many: the example's
         ("wwpwPw", [0, 1, 3, 5]),
         ("wpPp", [1, 2, 3]),  # of any length
     ],
@@ -90,6 +92,14 @@ def test_the_way_of_most_images_is_taken(kinds: str, numbers: list[int]) -> None
 
 def test_images_count_and_not_batches() -> None:
     assert chosen("wwp", {"p": 30})[0] == [2]
+
+
+def test_example_inputs_of_another_way_are_told() -> None:
+    numbers, (note,) = chosen("wpp")
+    assert numbers == [1, 2] and note.endswith("give some like these batches")
+    numbers, (note,) = chosen("wpp", example="p")
+    assert numbers == [1, 2] and note.endswith("are all used")
+    assert chosen("wpwp", example="p")[0] == [1, 3]
 
 
 def test_numbers_that_always_differ_are_refused() -> None:

@@ -12,11 +12,12 @@ the end is not. So errors weigh more the later they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from thinet.between import allocate_between
 from thinet.budget import WITHIN, Budget, check_reached, nearer_widths
 from thinet.errors import BudgetError, OptionError
+from thinet.hull import Allowed, Meter, allowed_widths, one_width
 from thinet.trace.groups import Costs, CostTerm
 from thinet.types import ChannelGroup
 
@@ -26,41 +27,10 @@ and 6 (docs/method.md)."""
 
 
 Allocator = Callable[
-    [Sequence["Allowed"], Sequence[CostTerm], Mapping[str, int], float], dict[str, int]
+    [Sequence[Allowed], Sequence[CostTerm], Mapping[str, int], float], dict[str, int]
 ]
 """What `allocate` is: from the widths that each group may have, the terms of the cost, full widths
 and the cost that may remain to one width for each group."""
-
-
-class Meter:
-    """Cost of a model whose widths change one by one: only that group's terms are redone."""
-
-    def __init__(
-        self, terms: Sequence[CostTerm], full: Mapping[str, int], widths: Mapping[str, int]
-    ) -> None:
-        self.widths = dict(widths)
-        self._full = full
-        self._terms: dict[str, list[CostTerm]] = {name: [] for name in widths}
-        for term in terms:
-            for name in {name for size in term.sizes for name, _ in size.per_unit}:
-                if name in self._terms:
-                    self._terms[name].append(term)
-        self.cost = sum(term.at(self.widths, full) for term in terms)
-
-    def change(self, name: str, width: int) -> float:
-        """How much cost one group's new width would add; negative where it saves."""
-        before = self._of(name)
-        was, self.widths[name] = self.widths[name], width
-        after = self._of(name)
-        self.widths[name] = was
-        return after - before
-
-    def set(self, name: str, width: int) -> None:
-        self.cost += self.change(name, width)
-        self.widths[name] = width
-
-    def _of(self, name: str) -> float:
-        return sum(term.at(self.widths, self._full) for term in self._terms[name])
 
 
 def error_widths(
@@ -78,7 +48,9 @@ def error_widths(
 ) -> dict[str, int]:
     """How many units stay in each group under a budget of MACs or parameters.
 
-    Where the divisor leaves the budget more than 1 % unused, it is halved until it does not.
+    Where the divisor leaves the budget more than 1 % unused, it is halved until it does not. Where
+    nothing does, as a few dear units are so cheap to lose that all else is kept, the costs just
+    below the budget are searched (`thinet.between`), with the divisor first.
 
     Args:
         groups: in the order in which they run.
@@ -108,20 +80,21 @@ def error_widths(
     terms = costs.macs_terms if budget.kind == "macs" else costs.params_terms
     full = measure({})
     target = budget.fraction * full
-    enough = target - WITHIN * full
+    asked = divisor
+    enough = target - (1 - 1e-9) * WITHIN * full  # the very edge may round to less
 
-    def shared(choices: Sequence[Allowed]) -> dict[str, int]:
-        return (allocator or allocate)(choices, terms, costs.full, target)
-
-    while True:
-        choices = [
+    def allowed(divisor: int) -> list[Allowed]:
+        return [
             allowed_widths(g, weighed[g.name], divisor=divisor, least=min(narrowest, g.channels))
             if g.name not in fixed
             else one_width(g, weighed[g.name], fixed[g.name])
             for g in groups
         ]
+
+    while True:
+        choices = allowed(divisor)
         try:
-            widths = shared(choices)
+            widths = (allocator or allocate)(choices, terms, costs.full, target)
         except BudgetError as error:
             if divisor == 1 and (narrowest == 1 or least is not None):
                 remains = measure({c.name: min(c.between) for c in choices}) / full
@@ -132,8 +105,11 @@ def error_widths(
                 ) from error
             divisor, narrowest = 1, narrowest if least is not None else 1
             continue
-        if measure(widths) < enough:
-            widths = _held_wider(choices, widths, shared, lambda w: measure(w) >= enough)
+        if divisor == 1 and measure(widths) < enough:
+            for coarse in _halved(asked):
+                found = allocate_between(allowed(coarse), terms, costs.full, enough, target)
+                if found is not None:
+                    return found
         if divisor == 1 or measure(widths) >= enough:
             free = [g for g in groups if g.name not in fixed]
             widths = nearer_widths(widths, free, measure, target, WITHIN * full, least=least or 1)
@@ -143,32 +119,12 @@ def error_widths(
         divisor //= 2
 
 
-def _held_wider(
-    choices: Sequence[Allowed],
-    widths: dict[str, int],
-    shared: Callable[[Sequence[Allowed]], dict[str, int]],
-    enough: Callable[[Mapping[str, int]], bool],
-) -> dict[str, int]:
-    """The same budget with one group held a step wider, where that uses enough of it.
-
-    A group of few dear units, such as heads, may save more than was asked for with its next one, so
-    that nothing is left for others to give; held wider, they give it. Of those that use enough of
-    the budget the one with the least error; the widths as they are, if there is none.
-    """
-    found: list[tuple[float, dict[str, int]]] = []
-    for number, choice in enumerate(choices):
-        wider = min((w for w in choice.between if w > widths[choice.name]), default=None)
-        if wider is None:
-            continue
-        error = choice.between[wider]
-        held = Allowed(choice.name, (wider,), (error,), {wider: error})
-        try:
-            others = shared([*choices[:number], held, *choices[number + 1 :]])
-        except BudgetError:
-            continue
-        if enough(others):
-            found.append((sum(c.between[others[c.name]] for c in choices), others))
-    return min(found, key=lambda each: each[0])[1] if found else widths
+def _halved(divisor: int) -> Iterator[int]:
+    """The divisor, its half, and so on to one."""
+    while divisor > 1:
+        yield divisor
+        divisor //= 2
+    yield 1
 
 
 def _curve(group: ChannelGroup, curves: Mapping[str, Sequence[float]]) -> Sequence[float]:
@@ -180,59 +136,6 @@ def _curve(group: ChannelGroup, curves: Mapping[str, Sequence[float]]) -> Sequen
     return [
         sum(c[round(f * (len(c) - 1))] for c in curves.values()) / len(curves) for f in fractions
     ]
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """Which widths a group may have, ascending, its full width last.
-
-    `errors[i]` is the error at `widths[i]`, on the hull; `between` holds the error at every width
-    that is allowed, on the hull or not.
-    """
-
-    name: str
-    widths: tuple[int, ...]
-    errors: tuple[float, ...]
-    between: Mapping[int, float]
-
-
-def width_step(group: ChannelGroup, divisor: int) -> int:
-    """What a group's widths are multiples of: the divisor, where it is four times as wide."""
-    return divisor if group.channels >= 4 * divisor else 1
-
-
-def allowed_widths(
-    group: ChannelGroup, errors: Sequence[float], *, divisor: int = 1, least: int = 1
-) -> Allowed:
-    """The widths worth having: multiples of the divisor on the lower hull of the error curve.
-
-    Args:
-        errors: `channels + 1` numbers, `errors[r]` with r units gone.
-        divisor: widths are multiples of it in groups of at least four times as many channels.
-        least: no width is below it.
-    """
-    step = width_step(group, divisor)
-    first = max(step * -(-least // step), step)
-    widths = [*range(first, group.channels, step), group.channels]
-    points = [(w, float(errors[group.channels - w])) for w in widths]
-    hull: list[tuple[int, float]] = []
-    for point in points:
-        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    on_hull, their_errors = zip(*hull, strict=True)
-    return Allowed(group.name, on_hull, their_errors, dict(points))
-
-
-def one_width(group: ChannelGroup, errors: Sequence[float], width: int) -> Allowed:
-    """No choice at all."""
-    error = float(errors[group.channels - width])
-    return Allowed(group.name, (width,), (error,), {width: error})
-
-
-def _above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 def allocate(

@@ -8,17 +8,12 @@ around the present widths; it is made again around what it gives, and the best t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from thinet.allocate import Allowed, Meter, allocate
+from thinet.allocate import allocate
+from thinet.hull import Allowed, Meter, summed_error
+from thinet.knapsack import knapsack
 from thinet.trace.groups import CostTerm
-
-CELLS = 4000
-"""Into which the range of costs is divided; a width's cost is rounded down, so that what just fits
-is found, and what is found is seen to fit."""
 
 TURNS = 8
 
@@ -28,60 +23,21 @@ def allocate_dynamic(
 ) -> dict[str, int]:
     """As `thinet.allocate.allocate`, whose widths are the start and never better."""
     best = allocate(choices, terms, full, target)
-    least = _error(choices, best)
+    least = summed_error(choices, best)
     widths, room = best, target
     for _ in range(TURNS):
         meter = Meter(terms, full, widths)
         costs = [[meter.change(c.name, w) for w in sorted(c.between)] for c in choices]
         errors = [[c.between[w] for w in sorted(c.between)] for c in choices]
-        places = _knapsack(costs, errors, room - meter.cost)
+        places = knapsack(costs, errors, room - meter.cost)
         if places is None:
             break
         found = {c.name: sorted(c.between)[p] for c, p in zip(choices, places, strict=True)}
         cost = Meter(terms, full, found).cost
-        if cost <= target and _error(choices, found) < least:
-            best, least = found, _error(choices, found)
+        if cost <= target and summed_error(choices, found) < least:
+            best, least = found, summed_error(choices, found)
         if found == widths:
             break
         room -= max(0.0, cost - target)  # what the approximation left out
         widths = found
     return best
-
-
-def _error(choices: Sequence[Allowed], widths: Mapping[str, int]) -> float:
-    return math.fsum(c.between[widths[c.name]] for c in choices)
-
-
-def _knapsack(
-    costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], room: float
-) -> list[int] | None:
-    """One place in each list, of least summed error, with summed costs at most `room`; or None.
-
-    Costs may exceed the room by a cell for each list.
-    """
-    floors = [min(each) for each in costs]
-    spare = room - math.fsum(floors)
-    if spare < 0:
-        return None
-    cell = max(spare / CELLS, 1e-12)
-    lost = np.zeros(CELLS + 1)
-    taken: list[np.ndarray] = []
-    for each, their, floor in zip(costs, errors, floors, strict=True):
-        now = np.full(CELLS + 1, np.inf)
-        which = np.zeros(CELLS + 1, dtype=np.int64)
-        for place, (cost, error) in enumerate(zip(each, their, strict=True)):
-            step = math.floor((cost - floor) / cell + 1e-9)
-            if step > CELLS:
-                continue
-            reached = np.full(CELLS + 1, np.inf)
-            reached[step:] = lost[: CELLS + 1 - step] + error
-            better = reached < now
-            now[better], which[better] = reached[better], place
-        lost = now
-        taken.append(which)
-    at, places = CELLS, []
-    for each, floor, which in zip(reversed(costs), reversed(floors), reversed(taken), strict=True):
-        place = int(which[at])
-        places.append(place)
-        at -= math.floor((each[place] - floor) / cell + 1e-9)
-    return places[::-1]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinet.allocate import width_step
 from thinet.budget import Budget, check_reached, units
 from thinet.calibrate.batches import calibration_pairs, images_in
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.calibrate.rows import Rows
 from thinet.calibrate.ways import same_way
 from thinet.errors import BudgetError, OptionError
+from thinet.hull import width_step
 from thinet.observe import full_products
 from thinet.one_round import Pairs, Task, known_widths, one_round
 from thinet.outcome import Clock, PruneResult, joined, refitted, with_notes
@@ -168,7 +168,7 @@ def _pruned(
     known = known_widths(task)
     device = next(iter(model.parameters()), torch.empty(0)).device
     pairs = calibration_pairs(calibration, device=device, like=inputs)
-    alike, left_out = same_way(model, analysis.program, [batch for batch, _ in pairs])
+    alike, left_out = same_way(model, inputs, analysis.program, [batch for batch, _ in pairs])
     pairs = [pairs[number] for number in alike]
     images = sum(images_in(batch) for batch, _ in pairs)
     passed = analysis.costs.macs({}) * images / max(images_in(inputs), 1)

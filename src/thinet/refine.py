@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers, trained_names
+from thinet.calibrate.layers import (
+    Layer,
+    beside,
+    dropouts,
+    find_layers,
+    same_layers,
+    same_rows,
+    trained_names,
+)
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
@@ -129,10 +137,12 @@ class _Pass:
         self.program, program = (e.program(batches[0]) for e in (self.execution, self.reference))
         layers, self.dense_layers = find_layers(self.program), find_layers(program)
         self.dropouts = dropouts(small, self.program)
-        self.trained = trained_names(small)
         self.same = same_layers(layers, self.dense_layers)
+        layers, trained = beside(layers, self.dense_layers, self.same), trained_names(small)
         needs = dependencies(self.program)
-        pairs = find_pairs(self.program, layers, needs)
+        # What is not trained is no end of a pair: it lies between the ends, as it is.
+        ends = {i: layer for i, layer in layers.items() if trained.issuperset(layer.parameters)}
+        pairs = find_pairs(self.program, ends, needs)
         self.pairs = {i: p for i, p in pairs.items() if self._kept(p.producer) is not None}
         first = {
             i: [n for n in (shortcut_source(self.program, p.consumer), *p.needs) if n is not None]
@@ -203,14 +213,14 @@ class _Pass:
         tensors = self.execution.tensors
         if self.same.get(pair.consumer.op) is None:
             return "the dense network has no such layer"
+        if not same_rows(pair.consumer, self.dense_layers[self.same[pair.consumer.op]]):
+            return "the cut takes away some of the rows that it sees"
         for layer in (pair.producer, pair.consumer):
             name, weight = layer.weight.removesuffix(".weight"), layer.matrix(tensors)
             if layer.x.storage in self.dropouts:
                 return f"{name} is trained behind dropout, which a joint refit would not bear"
             if layer.shared:
                 return f"the weights of {name} are used more than once"
-            if layer.weight not in self.trained:
-                return f"the weights of {name} are a buffer, which is not trained"
             if columns_of(layer, weight) > WIDEST:
                 return f"{name} has more than {WIDEST} input columns"
             if weight.dtype not in (torch.float32, torch.float64):

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.layers import Layer, dropouts, find_layers, same_layers, trained_names
+from thinet.calibrate.layers import (
+    Layer,
+    beside,
+    dropouts,
+    find_layers,
+    same_layers,
+    same_rows,
+    trained_names,
+)
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
@@ -36,7 +44,8 @@ from thinet.trace.program import Op
 from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 SHARED = "its weights are used more than once"
-FIXED = "its weights are a buffer, which is not trained"
+FIXED = "its weights or its bias are a buffer, which is not trained"
+ROWS = "the cut takes away some of the rows that it sees"
 IN_TURN = "its weights are used again on what they have made"
 
 
@@ -144,8 +153,9 @@ def repair_scale(
         for site in group.sites:
             layer = seen.layers.get(site.op)
             found = None
-            if layer is not None and (layer.shared or layer.weight not in trained):
-                reason = SHARED if layer.weight in trained else FIXED
+            fixed = layer is not None and layer.weight not in trained
+            if layer is not None and (layer.shared or fixed):
+                reason = FIXED if fixed else SHARED
                 skipped[layer.weight.removesuffix(".weight")] = reason
                 continue
             if layer is not None:
@@ -188,9 +198,10 @@ class _Pass:
         self.batches, self.store, self.progress = batches, store, progress
         self.execution = Execution(small)
         self.program = self.execution.program(batches[0])
-        self.layers = find_layers(self.program)
+        layers = find_layers(self.program)
+        self.dense = same_layers(layers, seen.layers)
+        self.layers = beside(layers, seen.layers, self.dense)
         self.dropouts = dropouts(small, self.program)
-        self.dense = same_layers(self.layers, seen.layers)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
         self.trained = trained_names(small)
@@ -255,7 +266,7 @@ class _Pass:
 
     def _cannot(self, together: Sequence[Layer], place: Mapping[int, int]) -> str | None:
         """Why the uses of one weight cannot be refitted together."""
-        if together[0].weight not in self.trained:
+        if not self.trained.issuperset(together[0].parameters):
             return FIXED
         if any(self.dense.get(use.op) not in self.seen.targets for use in together):
             return "the dense network has no such layer"
@@ -263,6 +274,10 @@ class _Pass:
             return "the dense network adds a shortcut to it"
         if any(use.uses != len(together) for use in together):
             return SHARED
+        if len({(use.inputs_first, use.geometry.spread) for use in together}) > 1:
+            return SHARED  # and in more ways than one
+        if not all(same_rows(use, self.seen.layers[self.dense[use.op]]) for use in together):
+            return ROWS
         start = min(place[use.op] for use in together)
         if any(place[need] >= start for use in together for need in self.needs[use.op]):
             return IN_TURN

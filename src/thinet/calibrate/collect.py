@@ -223,6 +223,7 @@ class Collector:
         dense = weighed(dense_weight(weight, layer.geometry), self.found.roots.get(key))
         generator = torch.Generator().manual_seed(self.seed + key * 7919 + self.batch)
         if self.sampling == "paper":
+            x = x if layer.geometry.rank else x.flatten(0, -2)  # each row has its draws
             rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
             parts = unit_sums(rows, units, count)
             return parts.T @ parts / len(parts) * len(dense)

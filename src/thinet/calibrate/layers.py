@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from thinet.calibrate.patches import Geometry
+from thinet.calibrate.patches import Geometry, position_grid
 from thinet.trace.program import Op, Program, Value, values_of
 
 
@@ -64,6 +64,11 @@ class Layer:
         return self.uses > 1
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the weight and, if there is one, the bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
     def outputs_dim(self) -> int:
         """Which dimension of the parameter is that of the outputs; the other is the inputs'."""
         return int(self.inputs_first)
@@ -107,16 +112,16 @@ def find_layers(program: Program) -> dict[int, Layer]:
         for value in {v.id: v for v in op.inputs()}.values():
             readers.setdefault(value.id, []).append(op)
     returned = {value.id for value in values_of(program.outputs)}
-    views = _views(program)
+    views, static = _views(program), _static(program)
     found: dict[int, Layer] = {}
     for op in program.ops:
         parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, views)
         if parts is None or parts[1].id not in program.names:
             continue
         x, weight, bias, geometry, inputs_first = parts
-        if x.id in program.names or (bias is not None and bias.id not in program.names):
-            continue
         y = op.outputs()[0]
+        if x.id in static or (bias is not None and bias.id not in program.names):
+            continue
         norm, after = (None, y) if y.id in returned else _norm(program, readers, y)
         add, shortcut = _addition(readers, after, returned)
         found[op.index] = Layer(
@@ -134,6 +139,16 @@ def find_layers(program: Program) -> dict[int, Layer]:
             add=add,
             uses=max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None),
         )
+    return found
+
+
+def _static(program: Program) -> set[int]:
+    """Values that are made of parameters and constants alone."""
+    found = set(program.names) | set(program.constants)
+    for op in program.ops:
+        inputs = op.inputs()
+        if inputs and all(value.id in found for value in inputs):
+            found.update(value.id for value in op.outputs())
     return found
 
 
@@ -225,6 +240,22 @@ def same_layers(ours: Mapping[int, Layer], theirs: Mapping[int, Layer]) -> dict[
     return found
 
 
+def beside(
+    ours: Mapping[int, Layer], theirs: Mapping[int, Layer], same: Mapping[int, int]
+) -> dict[int, Layer]:
+    """Our layers with their orientation, which a weight cut to one entry does not show any more."""
+    return {
+        op: replace(layer, inputs_first=theirs[same[op]].inputs_first) if op in same else layer
+        for op, layer in ours.items()
+    }
+
+
+def same_rows(one: Layer, other: Layer) -> bool:
+    """Whether two layers see as many rows; not where a cut takes some of the rows themselves."""
+    ours, theirs = (position_grid(tuple(layer.x.shape), layer.geometry) for layer in (one, other))
+    return ours == theirs
+
+
 Parts = tuple[Value, Value, Value | None, Geometry, bool]
 
 
@@ -246,7 +277,7 @@ def _convolution(op: Op) -> Parts | None:
 def _linear(op: Op, views: Mapping[int, _View]) -> Parts | None:
     if op.name == "aten.addmm" and not op.kwargs:
         bias, x, weight = op.args[:3]
-        if len(bias.shape) != 1:
+        if tuple(bias.shape) != tuple(op.outputs()[0].shape[-1:]):
             return None
     elif op.name == "aten.mm" or (op.name == "aten.bmm" and op.args[1].shape[0] == 1):
         bias, (x, weight) = None, op.args[:2]

@@ -50,8 +50,9 @@ def leave_room(
         OptionError: the store's bound is less than that.
     """
     largest = max(batches, key=images_in)
-    columns = {op: columns_of(v, v.matrix(execution.tensors)) for op, v in layers.items()}
-    entries = (math.prod(v.y.shape[:1] + v.y.shape[2:]) * columns[op] for op, v in layers.items())
+    weights = {op: layer.matrix(execution.tensors) for op, layer in layers.items()}
+    columns = {op: columns_of(layer, weights[op]) for op, layer in layers.items()}
+    entries = (math.prod(v.y.shape) // len(weights[op]) * columns[op] for op, v in layers.items())
     widest = max((n for n in columns.values() if n <= WIDEST), default=0)
     systems = SYSTEMS * ENTRY * widest**2
     calls = [as_call(batch) for batch in batches]

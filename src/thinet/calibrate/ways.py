@@ -23,11 +23,12 @@ MOST = 8
 
 
 def same_way(
-    model: nn.Module, program: Program, batches: Sequence[ExampleInputs]
+    model: nn.Module, example: ExampleInputs, program: Program, batches: Sequence[ExampleInputs]
 ) -> tuple[list[int], tuple[str, ...]]:
     """The batches that take the way that most images take, by number, and a note of the others.
 
-    Costs nothing where the program asks for no number, else what it computes until the last one.
+    Costs nothing where the program asks for no number, else what it computes until the last one. Of
+    ways that as many images take, that of the example inputs.
 
     Args:
         program: of the model on its example inputs.
@@ -39,13 +40,13 @@ def same_way(
     asking = questions(program)
     if not asking:
         return list(range(len(batches))), ()
-    ways: list[_Way] = []
+    ways = [_Way(model, example)]
     for number, batch in enumerate(batches):
         if any(way.takes(number, batch) for way in ways):
             continue
         if len(ways) < MOST:
-            ways.append(_Way(model))
-            ways[-1].begin(number, batch)
+            ways.append(_Way(model, batch))
+            ways[-1].numbers.append(number)
     images = [images_in(batch) for batch in batches]
     best = max(ways, key=lambda way: sum(images[n] for n in way.numbers))
     share = sum(images[n] for n in best.numbers) / max(sum(images), 1)
@@ -53,8 +54,9 @@ def same_way(
         return best.numbers, ()
     why = f"{asking[0].where} asks for a number of its input, and the forward goes on by it"
     if share < 0.5:
+        taken = sum(bool(way.numbers) for way in ways)
         raise CalibrationError(
-            f"the calibration batches take {len(ways)} or more ways through the model, none of "
+            f"the calibration batches take {taken} or more ways through the model, none of "
             f"them half of the images: {why}; give batches that are alike in it (all with padding, "
             "or none), or take .item() and bool of a tensor out of the forward"
         )
@@ -64,6 +66,8 @@ def same_way(
         f"through the model: {why}; batches that are alike in it (all with padding, or none) are "
         "all used"
     )
+    if best is not ways[0]:
+        note += "; the example inputs take another way too, so give some like these batches"
     return best.numbers, (note,)
 
 
@@ -79,13 +83,10 @@ def questions(program: Program) -> list[Op]:
 class _Way:
     """One way through the model, and the batches that take it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, first: ExampleInputs) -> None:
         self.numbers: list[int] = []
         self._execution = Execution(model)
-
-    def begin(self, number: int, batch: ExampleInputs) -> None:
-        self._execution.program(batch)
-        self.numbers.append(number)
+        self._execution.program(first)
 
     def takes(self, number: int, batch: ExampleInputs) -> bool:
         """Whether a batch goes this way too."""

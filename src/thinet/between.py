@@ -1,0 +1,58 @@
+"""Widths of which the cost lies between two bounds.
+
+A budget is to be used, not only kept. Where the next unit of one group (a head) saves more than
+was asked for and loses next to nothing, the least error lies far below the budget, and with all
+other groups whole there is nothing to give back. What is wanted then is the least error among the
+widths that use the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from thinet.hull import Allowed, Meter, summed_error
+from thinet.knapsack import knapsack
+from thinet.trace.groups import CostTerm
+
+TURNS = 12
+
+
+def allocate_between(
+    choices: Sequence[Allowed],
+    terms: Sequence[CostTerm],
+    full: Mapping[str, int],
+    enough: float,
+    target: float,
+) -> dict[str, int] | None:
+    """The least error of the widths that cost from `enough` to `target`; None if none is found.
+
+    With every other group as it is, a group's cost at each width is a number; a knapsack over these
+    numbers gives new widths, around which they are taken again, as groups multiply each other's
+    costs.
+
+    Args:
+        choices: the widths that each group may have.
+        terms: of the whole model's cost.
+        full: the full width of every group.
+    """
+    widths = {choice.name: choice.widths[-1] for choice in choices}
+    best: dict[str, int] | None = None
+    off = 0.0  # by how much the numbers promised less than what came of them
+    for _ in range(TURNS):
+        meter = Meter(terms, full, widths)
+        costs = [[meter.change(c.name, w) for w in sorted(c.between)] for c in choices]
+        errors = [[c.between[w] for w in sorted(c.between)] for c in choices]
+        spent = meter.cost + off
+        places = knapsack(costs, errors, target - spent, at_least=enough - spent)
+        if places is None:
+            break
+        found = {c.name: sorted(c.between)[p] for c, p in zip(choices, places, strict=True)}
+        cost = Meter(terms, full, found).cost
+        fits = enough <= cost <= target
+        if fits and (best is None or summed_error(choices, found) < summed_error(choices, best)):
+            best = found
+        if fits and found == widths:
+            break
+        off += 0.0 if fits else (cost - (enough + target) / 2) / 2
+        widths = found
+    return best
