@@ -111,7 +111,26 @@ class TiedDecoder(nn.Module):
         return self.o(self.h(F.linear(code, self.e.weight.t(), self.back)).relu())
 
 
-@pytest.mark.parametrize("criterion", ["thinet", "apoz", "l2", "weight-sum", "taylor"])
+def test_a_tied_decoder_is_measured_like_any_layer() -> None:
+    torch.manual_seed(3)
+    model, x = TiedDecoder().eval(), rows(32)
+    with torch.no_grad():
+        code = model.e(x).relu()
+        parts = code[:, :, None] * model.e.weight  # (rows, channels, outputs of the decoder)
+    removed: list[int] = []
+    while len(removed) < 5:  # of nine, half stay rounded down
+        left = [c for c in range(9) if c not in removed]
+        energy = [float(parts[:, [*removed, c]].sum(1).square().sum()) for c in left]
+        removed.append(left[energy.index(min(energy))])
+    result = thinet.prune(model, rows(4), [x], budget=HALF, criterion="thinet")
+    assert result.plan.keep["e"] == tuple(c for c in range(9) if c not in removed)
+    assert result.report.not_refitted["e"] == "its weights are used more than once"
+    result = thinet.prune(model, rows(4), [x], budget=HALF, criterion="apoz")
+    most = (code > 0).float().mean(0).topk(4).indices.tolist()
+    assert result.plan.keep["e"] == tuple(sorted(most))
+
+
+@pytest.mark.parametrize("criterion", ["l2", "weight-sum", "taylor"])
 def test_a_group_without_a_producer_of_its_own_goes_by_its_weights(criterion: str) -> None:
     torch.manual_seed(3)
     model = TiedDecoder().eval()

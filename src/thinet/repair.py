@@ -34,6 +34,7 @@ from thinet.calibrate.room import leave_room
 from thinet.calibrate.rows import WIDEST
 from thinet.calibrate.statistics import site_gram
 from thinet.calibrate.targets import LayerTargets
+from thinet.calibrate.ways import picks_by_data
 from thinet.errors import OptionError, RepairError
 from thinet.lstsq import solve_full, solve_scale
 from thinet.plan import Plan
@@ -204,7 +205,7 @@ class _Pass:
         self.dropouts = dropouts(small, self.program)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
-        self.trained = trained_names(small)
+        self.trained, self.routed = trained_names(small), picks_by_data(self.program)
         self.refitted: list[str] = []
         self.skipped: dict[str, str] = {}
 
@@ -276,7 +277,8 @@ class _Pass:
             return SHARED
         if len({(use.inputs_first, use.geometry.spread) for use in together}) > 1:
             return SHARED  # and in more ways than one
-        if not all(same_rows(use, self.seen.layers[self.dense[use.op]]) for use in together):
+        dense = [self.seen.layers[self.dense[use.op]] for use in together]
+        if not self.routed and not all(map(same_rows, together, dense)):
             return ROWS
         start = min(place[use.op] for use in together)
         if any(place[need] >= start for use in together for need in self.needs[use.op]):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from thinet.calibrate.batches import images_in
 from thinet.errors import CalibrationError
+from thinet.trace.decisions import MASKED, RESULTS
 from thinet.trace.interpret import Execution, dependencies
 from thinet.trace.program import Op, Program
 from thinet.types import ExampleInputs
@@ -78,6 +80,16 @@ def questions(program: Program) -> list[Op]:
         for op in program.ops
         if any(isinstance(x, (bool, int, float)) for x in tree_flatten(op.result)[0])
     ]
+
+
+def picks_by_data(program: Program) -> bool:
+    """Whether rows are picked by what is in them, so that their number says nothing."""
+    masks = (torch.bool, torch.uint8)
+    return any(
+        op.name in RESULTS
+        or (op.name in MASKED and any(value.dtype in masks for value in op.inputs()))
+        for op in program.ops
+    )
 
 
 class _Way:
