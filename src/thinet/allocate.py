@@ -13,6 +13,7 @@ the end is not. So errors weigh more the later they are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 
 from thinet.between import allocate_between
 from thinet.budget import WITHIN, Budget, check_reached, nearer_widths
@@ -83,7 +84,7 @@ def error_widths(
     asked = divisor
     enough = target - (1 - 1e-9) * WITHIN * full  # the very edge may round to less
 
-    def allowed(divisor: int) -> list[Allowed]:
+    def allowed(divisor: int, narrowest: int) -> list[Allowed]:
         return [
             allowed_widths(g, weighed[g.name], divisor=divisor, least=min(narrowest, g.channels))
             if g.name not in fixed
@@ -92,7 +93,7 @@ def error_widths(
         ]
 
     while True:
-        choices = allowed(divisor)
+        choices = allowed(divisor, narrowest)
         try:
             widths = (allocator or allocate)(choices, terms, costs.full, target)
         except BudgetError as error:
@@ -106,8 +107,11 @@ def error_widths(
             divisor, narrowest = 1, narrowest if least is not None else 1
             continue
         if divisor == 1 and measure(widths) < enough:
-            for coarse in _halved(asked):
-                found = allocate_between(allowed(coarse), terms, costs.full, enough, target)
+            for low, coarse in product(
+                sorted({narrowest, least or 1}, reverse=True), _halved(asked)
+            ):
+                some = allowed(coarse, low)
+                found = allocate_between(some, terms, costs.full, enough, target)
                 if found is not None:
                     return found
         if divisor == 1 or measure(widths) >= enough:

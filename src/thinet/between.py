@@ -8,7 +8,7 @@ widths that use the budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from thinet.hull import Allowed, Meter, summed_error
 from thinet.knapsack import knapsack
@@ -28,7 +28,7 @@ def allocate_between(
 
     With every other group as it is, a group's cost at each width is a number; a knapsack over these
     numbers gives new widths, around which they are taken again, as groups multiply each other's
-    costs.
+    costs. Widths one step away are looked at too.
 
     Args:
         choices: the widths that each group may have.
@@ -47,12 +47,25 @@ def allocate_between(
         if places is None:
             break
         found = {c.name: sorted(c.between)[p] for c, p in zip(choices, places, strict=True)}
-        cost = Meter(terms, full, found).cost
+        there = Meter(terms, full, found)
+        cost = there.cost
         fits = enough <= cost <= target
-        if fits and (best is None or summed_error(choices, found) < summed_error(choices, best)):
-            best = found
+        for name, width in _steps(choices, found):
+            if enough <= cost + there.change(name, width) <= target:
+                near = {**found, name: width}
+                if best is None or summed_error(choices, near) < summed_error(choices, best):
+                    best = near
         if fits and found == widths:
             break
         off += 0.0 if fits else (cost - (enough + target) / 2) / 2
         widths = found
     return best
+
+
+def _steps(choices: Sequence[Allowed], widths: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Each group's width, its next wider one and its next narrower one."""
+    for choice in choices:
+        now = widths[choice.name]
+        yield choice.name, now
+        yield choice.name, min((w for w in choice.between if w > now), default=now)
+        yield choice.name, max((w for w in choice.between if w < now), default=now)
