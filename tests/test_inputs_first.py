@@ -450,3 +450,26 @@ def test_a_bias_that_is_not_its_own_or_not_trained_is_left_alone() -> None:
     assert found.report.refitted == ("o",)
     assert found.report.not_refitted["weight"].startswith("its weights or its bias are a buffer")
     assert torch.equal(found.model.bias, fixed.bias)
+
+
+@torch.no_grad()
+def test_layers_over_a_table_of_their_own_are_measured_and_refitted() -> None:
+    class Table(nn.Module):
+        """Relative positions through two layers, as in Swin v2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 8), nn.Linear(8, 6)
+            self.register_buffer("table", torch.randn(40, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.second(F.relu(self.first(self.table))).T
+
+    torch.manual_seed(0)
+    model, x = Table().eval(), torch.randn(12, 6)
+    found = pruned(model, x, {"first": 4})
+    assert found.report.refitted == ("second",) and found.report.notes == ()
+    y = F.relu(model.first(model.table))
+    kept = list(found.plan.keep["first"])
+    weight, _ = least_squares(y[:, kept], model.second(y))
+    close(found.model.second.weight, weight, 1e-2)

@@ -112,7 +112,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
         for value in {v.id: v for v in op.inputs()}.values():
             readers.setdefault(value.id, []).append(op)
     returned = {value.id for value in values_of(program.outputs)}
-    views, static = _views(program), _static(program)
+    views = _views(program)
     found: dict[int, Layer] = {}
     for op in program.ops:
         parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, views)
@@ -120,7 +120,9 @@ def find_layers(program: Program) -> dict[int, Layer]:
             continue
         x, weight, bias, geometry, inputs_first = parts
         y = op.outputs()[0]
-        if x.id in static or (bias is not None and bias.id not in program.names):
+        if x.id in program.names or x.id in views:  # a product of parameters
+            continue
+        if bias is not None and bias.id not in program.names:
             continue
         norm, after = (None, y) if y.id in returned else _norm(program, readers, y)
         add, shortcut = _addition(readers, after, returned)
@@ -139,16 +141,6 @@ def find_layers(program: Program) -> dict[int, Layer]:
             add=add,
             uses=max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None),
         )
-    return found
-
-
-def _static(program: Program) -> set[int]:
-    """Values that are made of parameters and constants alone."""
-    found = set(program.names) | set(program.constants)
-    for op in program.ops:
-        inputs = op.inputs()
-        if inputs and all(value.id in found for value in inputs):
-            found.update(value.id for value in op.outputs())
     return found
 
 
