@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import (
     Layer,
-    beside,
     dropouts,
     find_layers,
-    same_layers,
+    layers_beside,
     same_rows,
     trained_names,
 )
@@ -135,10 +134,9 @@ class _Pass:
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}
         self.execution, self.reference = Execution(small), Execution(dense)
         self.program, program = (e.program(batches[0]) for e in (self.execution, self.reference))
-        layers, self.dense_layers = find_layers(self.program), find_layers(program)
-        self.dropouts = dropouts(small, self.program)
-        self.same = same_layers(layers, self.dense_layers)
-        layers, trained = beside(layers, self.dense_layers, self.same), trained_names(small)
+        self.dense_layers = find_layers(program)
+        layers, self.same = layers_beside(self.program, self.dense_layers)
+        self.dropouts, trained = dropouts(small, self.program), trained_names(small)
         needs = dependencies(self.program)
         # What is not trained is no end of a pair: it lies between the ends, as it is.
         ends = {i: layer for i, layer in layers.items() if trained.issuperset(layer.parameters)}

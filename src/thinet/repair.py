@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.layers import (
-    Layer,
-    beside,
-    dropouts,
-    find_layers,
-    same_layers,
-    same_rows,
-    trained_names,
-)
+from thinet.calibrate.layers import Layer, dropouts, layers_beside, same_rows, trained_names
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
@@ -199,9 +191,7 @@ class _Pass:
         self.batches, self.store, self.progress = batches, store, progress
         self.execution = Execution(small)
         self.program = self.execution.program(batches[0])
-        layers = find_layers(self.program)
-        self.dense = same_layers(layers, seen.layers)
-        self.layers = beside(layers, seen.layers, self.dense)
+        self.layers, self.dense = layers_beside(self.program, seen.layers)
         self.dropouts = dropouts(small, self.program)
         self.needs = dependencies(self.program)
         self.kept = {(s.parameter, s.dim): s.indices for s in plan.kept}

@@ -232,14 +232,18 @@ def same_layers(ours: Mapping[int, Layer], theirs: Mapping[int, Layer]) -> dict[
     return found
 
 
-def beside(
-    ours: Mapping[int, Layer], theirs: Mapping[int, Layer], same: Mapping[int, int]
-) -> dict[int, Layer]:
-    """Our layers with their orientation, which a weight cut to one entry does not show any more."""
-    return {
-        op: replace(layer, inputs_first=theirs[same[op]].inputs_first) if op in same else layer
-        for op, layer in ours.items()
-    }
+def layers_beside(
+    program: Program, theirs: Mapping[int, Layer]
+) -> tuple[dict[int, Layer], dict[int, int]]:
+    """The layers of a cut program, and the operation of each in the dense one.
+
+    Their orientation is that of the dense ones, which a weight cut to one entry does not show.
+    """
+    ours = find_layers(program)
+    same = same_layers(ours, theirs)
+    for op, other in same.items():
+        ours[op] = replace(ours[op], inputs_first=theirs[other].inputs_first)
+    return ours, same
 
 
 def same_rows(one: Layer, other: Layer) -> bool:
