@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from thinet.hull import Allowed, Meter, summed_error
-from thinet.knapsack import knapsack
 from thinet.trace.groups import CostTerm
 
 TURNS = 12
@@ -36,28 +35,23 @@ def allocate_between(
         full: the full width of every group.
     """
     widths = {choice.name: choice.widths[-1] for choice in choices}
+    meter = Meter(terms, full, widths)
     best: dict[str, int] | None = None
     off = 0.0  # by how much the numbers promised less than what came of them
     for _ in range(TURNS):
-        meter = Meter(terms, full, widths)
-        costs = [[meter.change(c.name, w) for w in sorted(c.between)] for c in choices]
-        errors = [[c.between[w] for w in sorted(c.between)] for c in choices]
-        spent = meter.cost + off
-        places = knapsack(costs, errors, target - spent, at_least=enough - spent)
-        if places is None:
+        found = meter.around(choices, target - off, enough - off)
+        if found is None:
             break
-        found = {c.name: sorted(c.between)[p] for c, p in zip(choices, places, strict=True)}
-        there = Meter(terms, full, found)
-        cost = there.cost
-        fits = enough <= cost <= target
+        meter = Meter(terms, full, found)
+        fits = enough <= meter.cost <= target
         for name, width in _steps(choices, found):
-            if enough <= cost + there.change(name, width) <= target:
+            if enough <= meter.cost + meter.change(name, width) <= target:
                 near = {**found, name: width}
                 if best is None or summed_error(choices, near) < summed_error(choices, best):
                     best = near
         if fits and found == widths:
             break
-        off += 0.0 if fits else (cost - (enough + target) / 2) / 2
+        off += 0.0 if fits else (meter.cost - (enough + target) / 2) / 2
         widths = found
     return best
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from thinet.allocate import allocate
 from thinet.hull import Allowed, Meter, summed_error
-from thinet.knapsack import knapsack
 from thinet.trace.groups import CostTerm
 
 TURNS = 8
@@ -26,13 +25,9 @@ def allocate_dynamic(
     least = summed_error(choices, best)
     widths, room = best, target
     for _ in range(TURNS):
-        meter = Meter(terms, full, widths)
-        costs = [[meter.change(c.name, w) for w in sorted(c.between)] for c in choices]
-        errors = [[c.between[w] for w in sorted(c.between)] for c in choices]
-        places = knapsack(costs, errors, room - meter.cost)
-        if places is None:
+        found = Meter(terms, full, widths).around(choices, room)
+        if found is None:
             break
-        found = {c.name: sorted(c.between)[p] for c, p in zip(choices, places, strict=True)}
         cost = Meter(terms, full, found).cost
         if cost <= target and summed_error(choices, found) < least:
             best, least = found, summed_error(choices, found)

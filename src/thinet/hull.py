@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from thinet.knapsack import knapsack
 from thinet.trace.groups import CostTerm
 from thinet.types import ChannelGroup
 
@@ -92,6 +93,30 @@ class Meter:
     def set(self, name: str, width: int) -> None:
         self.cost += self.change(name, width)
         self.widths[name] = width
+
+    def around(
+        self, choices: Sequence[Allowed], most: float, least: float | None = None
+    ) -> dict[str, int] | None:
+        """The widths of least error that cost up to `most`, each as if the others stayed.
+
+        Args:
+            choices: the widths that each group may have.
+            least: and, as nearly, at least this.
+
+        Returns:
+            One width for each group, or None if there is no such choice.
+        """
+        every = [sorted(choice.between) for choice in choices]
+        pairs = list(zip(choices, every, strict=True))
+        places = knapsack(
+            [[self.change(choice.name, w) for w in widths] for choice, widths in pairs],
+            [[choice.between[w] for w in widths] for choice, widths in pairs],
+            most - self.cost,
+            None if least is None else least - self.cost,
+        )
+        if places is None:
+            return None
+        return {c.name: widths[p] for (c, widths), p in zip(pairs, places, strict=True)}
 
     def _of(self, name: str) -> float:
         return sum(term.at(self.widths, self._full) for term in self._terms[name])

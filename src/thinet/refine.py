@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import (
+    ROWS_CUT,
     Layer,
     dropouts,
     find_layers,
@@ -27,7 +28,7 @@ from thinet.calibrate.layers import (
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.pairs import Pair, find_pairs
 from thinet.calibrate.patches import patches, position_grid, sample_positions
-from thinet.calibrate.rows import WIDEST, columns_of, positions_in
+from thinet.calibrate.rows import WIDEST, positions_in
 from thinet.errors import CalibrationError
 from thinet.gauss_newton import Kronecker, squared, step
 from thinet.joint import PairOutputs
@@ -212,14 +213,14 @@ class _Pass:
         if self.same.get(pair.consumer.op) is None:
             return "the dense network has no such layer"
         if not same_rows(pair.consumer, self.dense_layers[self.same[pair.consumer.op]]):
-            return "the cut takes away some of the rows that it sees"
+            return ROWS_CUT
         for layer in (pair.producer, pair.consumer):
-            name, weight = layer.weight.removesuffix(".weight"), layer.matrix(tensors)
+            name, weight = layer.weight.removesuffix(".weight"), tensors[layer.weight]
             if layer.x.storage in self.dropouts:
                 return f"{name} is trained behind dropout, which a joint refit would not bear"
             if layer.shared:
                 return f"the weights of {name} are used more than once"
-            if columns_of(layer, weight) > WIDEST:
+            if layer.columns > WIDEST:
                 return f"{name} has more than {WIDEST} input columns"
             if weight.dtype not in (torch.float32, torch.float64):
                 return f"{name} computes in {weight.dtype}"
@@ -229,7 +230,7 @@ class _Pass:
 
     def _looked_at(self, layer: Layer) -> range:
         """The batches that a pair is fitted to, by number."""
-        positions = positions_in(layer, layer.matrix(self.execution.tensors), self.batches)
+        positions = positions_in(layer, self.batches)
         return range(0, len(self.batches), max(positions // POSITIONS, 1))
 
     def _targets(self, layer: Layer, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
@@ -238,7 +239,7 @@ class _Pass:
         while theirs.op not in self.ahead.done:
             self.ahead.step(next(self.left))
         tensors = self.execution.tensors
-        gain = torch.ones(len(layer.matrix(tensors))).to(tensors[layer.weight])
+        gain = torch.ones(layer.outputs).to(tensors[layer.weight])
         if layer.norm is not None:
             gain = gain * torch.rsqrt(tensors[layer.norm.var] + layer.norm.eps)
             if layer.norm.scale is not None:

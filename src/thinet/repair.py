@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
-from thinet.calibrate.layers import Layer, dropouts, layers_beside, same_rows, trained_names
+from thinet.calibrate.layers import (
+    ROWS_CUT,
+    Layer,
+    dropouts,
+    layers_beside,
+    same_rows,
+    trained_names,
+)
 from thinet.calibrate.moments import Moments
 from thinet.calibrate.ordering import in_order, shortcut_source
 from thinet.calibrate.patches import BLOCK, dense_weight, output_rows, row_blocks
@@ -38,7 +45,6 @@ from thinet.types import ChannelGroup, ExampleInputs, Progress
 
 SHARED = "its weights are used more than once"
 FIXED = "its weights or its bias are a buffer, which is not trained"
-ROWS = "the cut takes away some of the rows that it sees"
 IN_TURN = "its weights are used again on what they have made"
 
 
@@ -269,11 +275,11 @@ class _Pass:
             return SHARED  # and in more ways than one
         dense = [self.seen.layers[self.dense[use.op]] for use in together]
         if not self.routed and not all(map(same_rows, together, dense)):
-            return ROWS
+            return ROWS_CUT
         start = min(place[use.op] for use in together)
         if any(place[need] >= start for use in together for need in self.needs[use.op]):
             return IN_TURN
-        columns = together[0].matrix(self.execution.tensors)[0].numel()
+        columns = together[0].columns // together[0].geometry.groups
         if columns > WIDEST:
             return f"its {columns} input columns are more than {WIDEST}"
         return None

@@ -23,7 +23,7 @@ from thinet.calibrate.moments import Moments, sum_bytes
 from thinet.calibrate.patches import dense_weight, output_rows, patches, row_blocks
 from thinet.calibrate.responses import zero_share
 from thinet.calibrate.room import leave_room, parts_that_fit
-from thinet.calibrate.rows import WIDEST, Rows, columns_of, positions_of
+from thinet.calibrate.rows import WIDEST, Rows, positions_of
 from thinet.calibrate.sampling import paper_rows
 from thinet.calibrate.targets import (
     HALVED_FROM,
@@ -127,7 +127,7 @@ class Collector:
         if layer is None or (self.again and self.key[op.index] not in self.measured):
             return
         x, weight = envs[0][layer.x.id], layer.matrix(self.execution.tensors)
-        columns = columns_of(layer, weight)
+        columns = layer.columns
 
         def positions(rows: Rows) -> Tensor | None:
             return positions_of(layer, x, columns, rows, self.share, self.seed, self.batch)
@@ -281,9 +281,7 @@ def collect(
         for site in group.sites:
             units = torch.tensor(site.units)
             consumers.setdefault(site.op, []).append((group.name, group.channels, units))
-    columns = {
-        key[op]: columns_of(each, each.matrix(execution.tensors)) for op, each in layers.items()
-    }
+    columns = {key[op]: layer.columns for op, layer in layers.items()}
     rows = rows or Rows()
     solved = {op: count for op, count in columns.items() if count <= WIDEST}
     passes = [[op for op in solved if op in consumers] if sampling == "exact" else []]

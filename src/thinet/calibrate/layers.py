@@ -69,6 +69,16 @@ class Layer:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
+    def outputs(self) -> int:
+        """How many it makes."""
+        return self.y.shape[-1 - self.geometry.rank]
+
+    @property
+    def columns(self) -> int:
+        """Columns of its input patches: input channels x taps."""
+        return self.x.shape[-1 - self.geometry.rank] * self.geometry.taps
+
+    @property
     def outputs_dim(self) -> int:
         """Which dimension of the parameter is that of the outputs; the other is the inputs'."""
         return int(self.inputs_first)
@@ -244,6 +254,9 @@ def layers_beside(
     for op, other in same.items():
         ours[op] = replace(ours[op], inputs_first=theirs[other].inputs_first)
     return ours, same
+
+
+ROWS_CUT = "the cut takes away some of the rows that it sees"
 
 
 def same_rows(one: Layer, other: Layer) -> bool:

@@ -9,7 +9,7 @@ from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import sum_bytes
 from thinet.calibrate.patches import BLOCK
-from thinet.calibrate.rows import WIDEST, columns_of
+from thinet.calibrate.rows import WIDEST
 from thinet.store import GIB, Store
 from thinet.trace.environment import peak_bytes
 from thinet.trace.interpret import Execution
@@ -50,10 +50,8 @@ def leave_room(
         OptionError: the store's bound is less than that.
     """
     largest = max(batches, key=images_in)
-    weights = {op: layer.matrix(execution.tensors) for op, layer in layers.items()}
-    columns = {op: columns_of(layer, weights[op]) for op, layer in layers.items()}
-    entries = (math.prod(v.y.shape) // len(weights[op]) * columns[op] for op, v in layers.items())
-    widest = max((n for n in columns.values() if n <= WIDEST), default=0)
+    entries = (math.prod(v.y.shape) // v.outputs * v.columns for v in layers.values())
+    widest = max((v.columns for v in layers.values() if v.columns <= WIDEST), default=0)
     systems = SYSTEMS * ENTRY * widest**2
     calls = [as_call(batch) for batch in batches]
     parts = {

@@ -48,15 +48,10 @@ class Rows:
         )
 
 
-def columns_of(layer: Layer, weight: Tensor) -> int:
-    """Columns of the layer's input patches: input channels x taps."""
-    return weight.shape[1] * layer.geometry.groups * layer.geometry.taps
-
-
-def positions_in(layer: Layer, weight: Tensor, batches: Sequence[ExampleInputs]) -> int:
+def positions_in(layer: Layer, batches: Sequence[ExampleInputs]) -> int:
     """Output positions of a layer in all batches together, where batches are alike."""
     images = sum(images_in(batch) for batch in batches)
-    there = math.prod(layer.y.shape) // len(weight)  # in the first batch
+    there = math.prod(layer.y.shape) // layer.outputs  # in the first batch
     return images * there // max(images_in(batches[0]), 1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import magnitude
 from thinet.calibrate.ordering import behind, shortcut_source
-from thinet.calibrate.rows import Rows, columns_of, positions_in, wanted
+from thinet.calibrate.rows import Rows, positions_in, wanted
 from thinet.store import Shelf
 from thinet.trace.interpret import Execution, dependencies
 from thinet.trace.program import Program
@@ -82,10 +82,9 @@ def target_bytes(
     """
     total = 0
     for layer in layers.values():
-        weight = layer.matrix(execution.tensors)
-        there = positions_in(layer, weight, batches)
-        looked_at = min(there, wanted(rows, columns_of(layer, weight)))
+        there = positions_in(layer, batches)
+        looked_at = min(there, wanted(rows, layer.columns))
         apart = layer.shortcut is not None and layer.op not in at_hand
-        kept = len(weight) * layer.y.dtype.itemsize * (2 if apart else 1)
+        kept = layer.outputs * layer.y.dtype.itemsize * (2 if apart else 1)
         total += looked_at * kept
     return total

@@ -44,11 +44,12 @@ def same_way(
         return list(range(len(batches))), ()
     ways = [_Way(model, example)]
     for number, batch in enumerate(batches):
-        if any(way.takes(number, batch) for way in ways):
-            continue
-        if len(ways) < MOST:
-            ways.append(_Way(model, batch))
-            ways[-1].numbers.append(number)
+        way = next((way for way in ways if way.is_that_of(batch)), None)
+        if way is None and len(ways) < MOST:
+            way = _Way(model, batch)
+            ways.append(way)
+        if way is not None:
+            way.numbers.append(number)
     images = [images_in(batch) for batch in batches]
     best = max(ways, key=lambda way: sum(images[n] for n in way.numbers))
     share = sum(images[n] for n in best.numbers) / max(sum(images), 1)
@@ -100,15 +101,13 @@ class _Way:
         self._execution = Execution(model)
         self._execution.program(first)
 
-    def takes(self, number: int, batch: ExampleInputs) -> bool:
+    def is_that_of(self, batch: ExampleInputs) -> bool:
         """Whether a batch goes this way too."""
         try:
-            needed = _until_asked(self._execution.program(batch))
             with self._execution.started([batch]) as lane:
-                lane.try_ops(0, needed, {})
+                lane.try_ops(0, _until_asked(lane.program), {})
         except CalibrationError:
             return False
-        self.numbers.append(number)
         return True
 
 

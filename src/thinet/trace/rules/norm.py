@@ -78,10 +78,10 @@ def softmax(labels: Labeller, op: Op) -> None:
         labels.set(out, labels.of(x))
 
 
-def _over(labels: Labeller, op: Op, axes: list[Axis]) -> None:
+def _over(labels: Labeller, op: Op, axes: list[Axis], advice: str = "") -> None:
     for axis in axes:
         if isinstance(axis, np.ndarray):
-            labels.classes.normalise(axis, f"it is normalised over by {op.where}")
+            labels.classes.normalise(axis, f"it is normalised over by {op.where}{advice}")
 
 
 FOLDED = (
@@ -95,8 +95,8 @@ def weight_norm(labels: Labeller, op: Op) -> None:
     v, g, dim = op.args[0], op.args[1], (op.args[2] if len(op.args) > 2 else 0)
     axes = list(labels.of(v))
     for other, axis in enumerate(axes):
-        if other != dim and isinstance(axis, np.ndarray):
-            labels.classes.normalise(axis, f"it is normalised over by {op.where}{FOLDED}")
+        if other != dim:
+            _over(labels, op, [axis], FOLDED)
     axes[dim] = labels.join(axes[dim], labels.of(g)[dim], op.where)
     first, *others = op.outputs()
     labels.set(first, axes)
