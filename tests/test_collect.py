@@ -127,7 +127,11 @@ def test_consumers_too_wide_for_moments_give_their_gram_by_unit(
     assert stats.gram is not None and stats.gram.shape == (group.channels,) * 2
     torch.testing.assert_close(stats.gram, direct / energy, rtol=1e-4, atol=1e-5)
     assert stats.consumers[0].energy == pytest.approx(float(energy), rel=1e-4)
-    assert not stats.has("hessians") and stats.has("gram")
+    assert not stats.has("hessians") and stats.has("gram") and stats.has("systems")
+    varies = rows - rows.mean(0)
+    direct = torch.einsum("roc,rod->cd", varies, varies) / len(rows)
+    assert stats.consumers[0].system is not None
+    torch.testing.assert_close(stats.consumers[0].system[0], direct, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -144,9 +148,8 @@ def test_a_classifier_behind_a_large_flatten_takes_little_memory() -> None:
     analysis = analyse(model, x[:1])
     seen = observed(model, analysis, [x], targets=False)
     group = analysis.group("0")
-    key = (only_site(group).op, "0")
     assert only_site(group).op not in seen.moments
-    found = seen.grams[key]
+    found = seen.parts[only_site(group).op].gram("0")
     assert found.shape == (16, 16)
     phi = F.relu(model[0](x)).flatten(2).double()  # (images, units, positions)
     z = torch.einsum("rup,oup->rou", phi, model[3].weight.view(300, 16, 784).double())

@@ -88,3 +88,21 @@ def test_fewer_rows_than_columns_still_give_a_curve() -> None:
     # Any 6 columns explain 6 rows, and with none left all of the output is lost.
     assert errors[14] < 1e-3 * energy
     assert errors[20] == pytest.approx(energy, rel=1e-3)
+
+
+def test_a_consumer_known_by_its_parts_loses_what_scaling_them_cannot_mend() -> None:
+    rows, weight = random(60, 10) + 0.5, random(4, 5, 2, seed=1)  # five units of two columns
+    parts = torch.einsum("ruk,nuk->run", rows.view(60, 5, 2), weight)  # (rows, units, outputs)
+    varies = parts - parts.mean(0)
+    moments = torch.einsum("run,rvn->uv", varies, varies) / 60
+    y = varies.sum(1).reshape(-1, 1)
+    energy = float(y.square().sum()) / 60
+    consumer = Consumer(weight, torch.arange(5), None, energy, parts=moments)
+    errors = group_refit_errors([consumer], ORDER)
+    whole = Consumer(weight, torch.arange(5), torch.cov(rows.T, correction=0), energy)
+    bound = group_refit_errors([whole], ORDER)
+    columns = varies.transpose(1, 2).reshape(-1, 5)
+    for gone in range(6):
+        scaled = unexplained(columns[:, ORDER[gone:]], y) / 60 / energy
+        assert errors[gone] == pytest.approx(scaled, abs=1e-5)
+        assert bound[gone] <= errors[gone] + 1e-9  # all weights refitted lose less

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import thinet
 from tests.oracle import randomise
-from thinet import lstsq
+from thinet import dual
 from thinet import repair as module
 from thinet.calibrate.collect import collect
 from thinet.calibrate.layers import dropouts, find_layers
@@ -616,10 +616,11 @@ def test_layers_that_cannot_be_refitted_are_named_with_the_reason() -> None:
     assert torch.equal(small.read.weight, model.read.weight)
 
 
-def test_layers_too_wide_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_with_groups_too_wide_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WIDEST", 20)
-    _, report = repaired(randomise(Two()), {"first": [0, 2, 5]}, images())
-    assert report == Repaired((), {"second": "its 27 input columns are more than 20"})
+    model = randomise(nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 3, groups=2)))
+    _, report = repaired(model, {"0": [0, 1, 2]}, images())
+    assert report == Repaired((), {"2": "its 27 input columns are more than 20"})
 
 
 def test_a_system_that_cannot_be_solved_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,7 +680,7 @@ def test_layers_behind_dropout_are_known() -> None:
 
 
 def test_a_refit_stays_quiet_where_training_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lstsq, "FEW", 0)  # cross-validation would quieten both
+    monkeypatch.setattr(dual, "PULLS", (1.0,))  # cross-validation would quieten both
     torch.manual_seed(0)
     model = randomise(Dropping()).eval()
     batches = [torch.randn(20, 2, 6, 6) for _ in range(2)]  # fewer images than input columns

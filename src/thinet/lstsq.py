@@ -13,13 +13,13 @@ is up to as many times the mean diagonal as there are columns, thousands."""
 
 _SMALLEST_PIVOT = 1e-12  # of the column's own diagonal: below, it depends on earlier columns
 
-_CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
+CONSTANT = 1e-12  # of a column's energy: a variance below is rounding, the intercept's business
 
 FEW = 5
 """Rows for each column; with fewer, cross-validation decides how strong the pull to the old weights
 is, as noise would be fitted: most of it where there are as many rows as columns."""
 
-_PULLS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # times the ridge that was asked for
+PULLS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # times the ridge that was asked for
 
 _ALONE = 2  # rows a column from which the score has one minimum, so that its first rise ends it
 
@@ -145,7 +145,7 @@ def solve_full(
     if intercept:
         _subtract_outer(system, mean)
         cross = cross - mean[..., None] * y_mean[..., None, :]
-        constant = diagonal.abs() <= _CONSTANT * energy.abs()
+        constant = diagonal.abs() <= CONSTANT * energy.abs()
         if bool(constant.any()):
             system.masked_fill_(constant[..., None], 0).masked_fill_(constant[..., None, :], 0)
             cross.masked_fill_(constant[..., None], 0)
@@ -154,8 +154,10 @@ def solve_full(
     noise = dropout / (1 - dropout) * energy
     pull = ridge * diagonal.mean(-1, keepdim=True) if system.shape[-1] else diagonal
     if rows is not None and y_variance is not None and rows < FEW * system.shape[-1]:
-        left = y_variance.double().sum() - (prior.mT * (cross + lost)).sum()
-        change = _validated(system, lost, pull, noise, left, rows, name)
+        of_target = y_variance.double() + (0 if intercept else y_mean.square())
+        left = of_target.sum() - (prior.mT * (cross + lost)).sum()
+        free = max(rows - int(intercept), 1)
+        change = _validated(system, lost, pull, noise, left, free, name)
     else:
         diagonal.add_(pull).add_(noise)
         change = torch.cholesky_solve(lost, cholesky(system, name)[0])
@@ -178,23 +180,24 @@ def _validated(
 
     Args:
         left: energy of what the old weights leave of the target.
+        rows: without the one that the intercept takes.
     """
     diagonal = system.diagonal()
-    before, probes = diagonal.clone(), _probes(len(diagonal)).to(system)
+    before, signs = diagonal.clone(), probes(len(diagonal)).to(system)
     best, found = torch.inf, torch.zeros_like(lost)
-    for factor in _PULLS:
+    for factor in PULLS:
         added = pull * factor + noise
         torch.add(before, added, out=diagonal)
         root, jitter = cholesky(system, name)
         diagonal.copy_(before)
         added = (added + jitter)[:, None]
-        solved = torch.cholesky_solve(torch.cat([lost, probes], 1), root)
-        change, answers = solved.split([lost.shape[1], probes.shape[1]], 1)
-        degrees = len(before) - float((added * probes * answers).sum())
+        solved = torch.cholesky_solve(torch.cat([lost, signs], 1), root)
+        change, answers = solved.split([lost.shape[1], signs.shape[1]], 1)
+        degrees = len(before) - float((added * signs * answers).sum())
         # What is left of the target is left - 2 <change, lost> + <change, system change>, and the
         # system as pulled times the change is lost.
         missed = left - (change * (lost + added * change)).sum()
-        free = max(1 - (degrees + 1) / rows, 1e-6)  # and one for the intercept
+        free = max(1 - degrees / rows, 1e-6)
         score = max(float(missed), 1e-12 * float(left)) / free**2  # below is rounding
         if score < (1 - 1e-6) * best:  # and so is what differs by less
             best, found = score, change
@@ -203,7 +206,7 @@ def _validated(
     return found.clone()  # not a view that keeps the probes' answers
 
 
-def _probes(size: int) -> Tensor:
+def probes(size: int) -> Tensor:
     """(size, probes) Z with E[Z Z'] = 1, so that the sum of Z * (A Z) is about the trace of A.
 
     All of the axes, and so the trace itself, where they are few; else random signs (Hutchinson,

@@ -162,8 +162,10 @@ def _measured(
     options = task.options
     needs: Collection[str] = options.chosen_by.needs
     if task.by_error:
-        needs = {*needs, "hessians"}
-    mixed = not {"gram", "hessians", "zeros"}.isdisjoint(needs) or options.repair == "scale"
+        needs = {*needs, "systems"}
+    mixed = (
+        not {"gram", "systems", "hessians", "zeros"}.isdisjoint(needs) or options.repair == "scale"
+    )
     roots = None
     if options.loss_aware:
         roots = collect_curvature(
@@ -221,7 +223,7 @@ def _orders(
         orders[group.name] = order
         if task.by_error and criterion.name == "block-obs" and order.errors is not None:
             curves[group.name] = order.errors
-        elif task.by_error and stats.has("hessians"):
+        elif task.by_error and stats.has("systems"):
             curves[group.name] = group_refit_errors(stats.consumers, order.removed, name=group.name)
     if groups and len(unmeasured) == len(groups):
         paper = task.options.sampling == "paper"

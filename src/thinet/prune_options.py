@@ -20,7 +20,7 @@ Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
 Widths = Literal["error", "dynamic", "uniform"]
 
-WEIGHED: frozenset[Need] = frozenset({"gram", "hessians", "weights"})
+WEIGHED: frozenset[Need] = frozenset({"gram", "systems", "hessians", "weights"})
 """What a criterion sees of a consumer's outputs, which the curvature of the loss can weigh."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
 from thinet.calibrate.curvature import weighed
-from thinet.calibrate.gram import gram_rows, unit_sums
+from thinet.calibrate.gram import PartSums, unit_sums
 from thinet.calibrate.layers import (
     Layer,
     find_layers,
@@ -49,15 +49,17 @@ SKETCH = 256
 class Observations:
     """What one pass over the dense network found, by operation index in the traced program.
 
-    `moments` of the consumers' inputs; where these would be too wide, or the paper's sampling was
-    asked for, instead `grams` (units, units) by operation and group name, and the moments of the
-    layer's `outputs`. `signals` are moments of the consumers' outputs as they go on, behind a
-    BatchNorm and with their shortcut. `zeros` are shares per input channel. `roots` say what an
-    output's error costs the loss, where that was asked for (`curvature`).
+    `moments` of the consumers' inputs; where these would be too wide instead the sums of the
+    `parts` that units make of their outputs, and for the paper's sampling `grams` (units, units)
+    by operation and group name; for both the moments of the layer's `outputs`. `signals` are
+    moments of the consumers' outputs as they go on, behind a BatchNorm and with their shortcut.
+    `zeros` are shares per input channel. `roots` say what an output's error costs the loss, where
+    that was asked for (`curvature`).
     """
 
     layers: Mapping[int, Layer]
     moments: dict[int, Moments] = field(default_factory=dict)
+    parts: dict[int, PartSums] = field(default_factory=dict)
     grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     outputs: dict[int, Moments] = field(default_factory=dict)
     signals: dict[int, Moments] = field(default_factory=dict)
@@ -205,31 +207,25 @@ class Collector:
                 )
             if key not in found.outputs:
                 found.outputs[key] = Moments(0, len(weight), where=where, device=x.device)
-            for name, count, units in self.consumers[key]:
-                part = self._gram(layer, x, weight, positions, units, count) * self.share
-                found.grams[key, name] = found.grams.get((key, name), 0) + part
+            self._add_parts(layer, x, weight, positions)
 
-    def _gram(
-        self,
-        layer: Layer,
-        x: Tensor,
-        weight: Tensor,
-        positions: Tensor | None,
-        units: Tensor,
-        count: int,
-    ) -> Tensor:
-        """(units, units), the mean over the rows of this batch, without second moments."""
-        key = self.key[layer.op]
-        dense = weighed(dense_weight(weight, layer.geometry), self.found.roots.get(key))
+    def _add_parts(self, layer: Layer, x: Tensor, weight: Tensor, positions: Tensor | None) -> None:
+        """Add what each unit makes of the output, without second moments of the input."""
+        found, key = self.found, self.key[layer.op]
         generator = torch.Generator().manual_seed(self.seed + key * 7919 + self.batch)
-        if self.sampling == "paper":
-            x = x if layer.geometry.rank else x.flatten(0, -2)  # each row has its draws
-            rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
+        if self.sampling == "exact":
+            if key not in found.parts:
+                dense = weighed(dense_weight(weight, layer.geometry), found.roots.get(key))
+                found.parts[key] = PartSums(dense, self.consumers[key], SKETCH)
+            found.parts[key].add(patches(x, layer.geometry, positions), self.share, generator)
+            return
+        dense = weighed(dense_weight(weight, layer.geometry), found.roots.get(key))
+        x = x if layer.geometry.rank else x.flatten(0, -2)  # each row has its draws
+        rows = paper_rows(x, dense, layer.geometry, DRAWS, generator).double()
+        for name, count, units in self.consumers[key]:
             parts = unit_sums(rows, units, count)
-            return parts.T @ parts / len(parts) * len(dense)
-        phi = patches(x, layer.geometry, positions)
-        total = gram_rows(phi, dense, units, count, sketch=SKETCH, generator=generator)
-        return total / len(phi)
+            part = parts.T @ parts / len(parts) * len(dense) * self.share
+            found.grams[key, name] = found.grams.get((key, name), 0) + part
 
 
 def collect(

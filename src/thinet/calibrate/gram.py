@@ -10,6 +10,8 @@ removed set T without a single sample. Weighed by the loss, W is R W (`curvature
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -118,6 +120,65 @@ def gram_rows(
         parts = torch.bmm(rows[:, pick].to(by_unit).transpose(0, 1), by_unit).flatten(1)
         total += parts @ parts.T
     return total
+
+
+class PartSums:
+    """Streaming moments of the parts that units make of the outputs of a wide consumer.
+
+    What varies is estimated by random mixtures of the outputs (`gram_rows`) of inputs from which
+    the mean of the first ones is subtracted; the means, which are most of it behind a ReLU, are
+    exact.
+
+    Args:
+        weight: (N, C, *kernel), dense over groups.
+        groups: name, number of units, unit of each input channel.
+        sketch: as for `gram_rows`.
+    """
+
+    def __init__(
+        self, weight: Tensor, groups: Sequence[tuple[str, int, Tensor]], sketch: int
+    ) -> None:
+        self._weight, self._sketch = weight, sketch
+        self._groups = {name: (units, count) for name, count, units in groups}
+        self._shift: Tensor | None = None
+        self._mean: Tensor | float = 0.0
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(self._groups, 0.0)
+
+    def add(self, phi: Tensor, share: float, generator: torch.Generator) -> None:
+        """Add a batch.
+
+        Args:
+            phi: (rows, C * taps).
+            share: the batch's part of all.
+        """
+        phi = phi if phi.dtype == torch.float64 else phi.float()
+        if self._shift is None:
+            self._shift = phi.mean(0)
+        rows = phi - self._shift
+        self._mean += share * rows.mean(0, dtype=torch.float64)
+        for name, (units, count) in self._groups.items():
+            found = gram_rows(
+                rows, self._weight, units, count, sketch=self._sketch, generator=generator
+            )
+            self._sums[name] += share / len(rows) * found
+
+    def centred(self, name: str) -> Tensor:
+        """(units, units) the mean of z z' with each part's own mean taken away."""
+        parts = self._parts(name, self._mean)
+        return self._sums[name] - parts.T @ parts
+
+    def gram(self, name: str) -> Tensor:
+        """(units, units) the mean of z z': ThiNet's objective."""
+        assert self._shift is not None
+        parts = self._parts(name, self._mean + self._shift)
+        return self.centred(name) + parts.T @ parts
+
+    def _parts(self, name: str, phi: Tensor | float) -> Tensor:
+        """(N, units) what the units make of one input."""
+        units, count = self._groups[name]
+        columns = _matrix(self._weight).double() * phi
+        by_channel = columns.view(*self._weight.shape[:2], -1).sum(2)
+        return unit_sums(by_channel, units, count)
 
 
 def _columns_of_units(units: Tensor, count: int, taps: int) -> tuple[Tensor, Tensor]:

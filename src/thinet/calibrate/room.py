@@ -9,7 +9,8 @@ from thinet.calibrate.batches import images_in
 from thinet.calibrate.layers import Layer
 from thinet.calibrate.moments import sum_bytes
 from thinet.calibrate.patches import BLOCK
-from thinet.calibrate.rows import WIDEST
+from thinet.calibrate.rows import WIDEST, positions_in
+from thinet.dual import most_rows, system_bytes
 from thinet.store import GIB, Store
 from thinet.trace.environment import peak_bytes
 from thinet.trace.interpret import Execution
@@ -53,6 +54,11 @@ def leave_room(
     entries = (math.prod(v.y.shape) // v.outputs * v.columns for v in layers.values())
     widest = max((v.columns for v in layers.values() if v.columns <= WIDEST), default=0)
     systems = SYSTEMS * ENTRY * widest**2
+    over_rows = (
+        system_bytes(min(positions_in(v, batches), most_rows(v.columns)), v.columns, v.outputs)
+        for v in layers.values()
+        if v.columns > WIDEST
+    )
     calls = [as_call(batch) for batch in batches]
     parts = {
         "the calibration images": sum(tensor.nbytes for tensor in tensors_in(calls)),
@@ -60,7 +66,7 @@ def leave_room(
             execution.program(largest)
         ),
         "the inputs of a layer in rows": 3 * 4 * min(max(entries, default=0), BLOCK),
-        "the largest least-squares system": systems,
+        "the largest least-squares system": max(systems, *over_rows, 0),
         "the smaller model": sum(tensor.nbytes for tensor in execution.tensors.values()),
     }
     text = ", ".join(f"{size / GIB:.3g} for {name}" for name, size in parts.items())

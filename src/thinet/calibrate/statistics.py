@@ -56,8 +56,10 @@ def group_statistics(
             part = fold_units(part, units, group.channels)
         elif site.op in seen.outputs:
             energy = float(seen.outputs[site.op].y_variance().sum()) if root is None else NATS
-            consumers.append(Consumer(weight, units, None, energy))
-            part = seen.grams.get((site.op, group.name))
+            parts = seen.parts.get(site.op)
+            varies = None if parts is None else parts.centred(group.name)
+            consumers.append(Consumer(weight, units, None, energy, parts=varies))
+            part = site_gram(site, group, seen, weight)
         else:
             energy, part = 0.0, None
             consumers.append(Consumer(weight, units))
@@ -88,6 +90,8 @@ def site_gram(site: Site, group: ChannelGroup, seen: Observations, weight: Tenso
         moments, units = seen.moments[site.op], torch.tensor(site.units)
         found = _about_zero(gram(moments.covariance(), weight), weight, moments.mean)
         return fold_units(found, units, group.channels)
+    if site.op in seen.parts:
+        return seen.parts[site.op].gram(group.name)
     return seen.grams.get((site.op, group.name))
 
 

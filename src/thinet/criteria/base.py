@@ -12,8 +12,11 @@ from torch import Tensor
 
 from thinet.errors import CalibrationError, OptionError
 
-Need = Literal["gram", "hessians", "weights", "filters", "zeros", "taylor", "taylor_fo", "bn_scale"]
-"""What a criterion looks at; `weights` are the consumers' weights, `hessians` their moments too."""
+Need = Literal[
+    "gram", "systems", "hessians", "weights", "filters", "zeros", "taylor", "taylor_fo", "bn_scale"
+]
+"""What a criterion looks at; `weights` are the consumers' weights, `hessians` the second moments of
+their inputs too, `systems` either these or what stands in for them (`Consumer.system`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Consumer:
         energy: energy of its output, by which its errors are divided.
         gains: (N,) factor of each output in the signal that goes on (a BatchNorm's scale), or None;
             `energy` is that signal's, which for a residual network is the stream's.
+        parts: (units, units) second moments of what each unit adds to the output, about their
+            means, where the input is too wide for `second`.
     """
 
     weight: Tensor
@@ -35,6 +40,22 @@ class Consumer:
     second: Tensor | None = None
     energy: float = 1.0
     gains: Tensor | None = None
+    parts: Tensor | None = None
+
+    @property
+    def system(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Second moments, weight and units of the least squares from which errors follow.
+
+        Of a consumer too wide for second moments its `parts`, each with the weight one: the errors
+        are those of one scalar for each unit, more than with all weights refitted. None where
+        nothing was observed.
+        """
+        if self.second is not None:
+            return self.second, self.signal_weight, self.units
+        if self.parts is not None:
+            count = len(self.parts)
+            return self.parts, self.parts.new_ones(1, count), torch.arange(count)
+        return None
 
     @property
     def signal_weight(self) -> Tensor:
@@ -83,6 +104,8 @@ class GroupStatistics:
         """Whether these statistics were collected."""
         if need == "hessians":
             return bool(self.consumers) and all(c.second is not None for c in self.consumers)
+        if need == "systems":
+            return bool(self.consumers) and all(c.system is not None for c in self.consumers)
         if need == "weights":
             return bool(self.consumers)
         found = getattr(self, need)

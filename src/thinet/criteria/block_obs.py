@@ -40,15 +40,15 @@ class _Elimination:
     """
 
     def __init__(self, consumer: Consumer, channels: int, ridge: float, name: str) -> None:
-        assert consumer.second is not None
-        device = consumer.second.device
-        weight = consumer.signal_weight.detach().flatten(1).to(device, torch.float64)
+        assert consumer.system is not None
+        second, weight, units = consumer.system
+        device, inputs = second.device, weight.shape[1]
+        weight = weight.detach().flatten(1).to(device, torch.float64)
         if len(weight) > weight.shape[1]:  # only W W' matters
             weight = torch.linalg.qr(weight, mode="r").R
         self.weight = weight.T.contiguous()
-        taps = weight.shape[1] // consumer.weight.shape[1]
-        self.unit = column_units(consumer.units, consumer.weight.shape[1], taps).to(device)
-        factor, _ = cholesky(ridged(consumer.second, ridge), name)
+        self.unit = column_units(units, inputs, weight.shape[1] // inputs).to(device)
+        factor, _ = cholesky(ridged(second, ridge), name)
         self.inverse = torch.cholesky_inverse(factor)
         self.channels = channels
         self.scale = consumer.per_energy
@@ -144,7 +144,7 @@ def eliminate(
     About (C taps)^3 multiply-adds for each consumer.
 
     Args:
-        consumers: each with its second moments.
+        consumers: each with its `system`.
         channels: number of units.
         ridge: added to the moments, relative to their mean diagonal.
 
@@ -167,11 +167,11 @@ def eliminate(
     return order, added.cumsum(0)
 
 
-@criterion("block-obs", needs={"hessians"})
+@criterion("block-obs", needs={"systems"})
 def block_obs(stats: GroupStatistics) -> Order:
     """Errors are those of the full refit of all consumers, each over its output energy."""
     for consumer in stats.consumers:
-        assert consumer.second is not None
-        check_finite(stats, consumer.second.diagonal(), consumer.weight)
+        assert consumer.system is not None
+        check_finite(stats, consumer.system[0].diagonal(), consumer.weight)
     order, errors = eliminate(stats.consumers, stats.channels, name=f"group {stats.name!r}")
     return Order(tuple(order), rising(errors))

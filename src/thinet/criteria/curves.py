@@ -66,11 +66,10 @@ def group_refit_errors(
     """`refit_errors` of all consumers of a group, each over its output energy, added up."""
     total = torch.zeros(len(removed) + 1, dtype=torch.float64)
     for consumer in consumers:
-        if consumer.second is None:
+        if consumer.system is None:
             raise CalibrationError(f"{name}: a consumer's second moments were not collected")
-        errors = refit_errors(
-            consumer.second, consumer.signal_weight, removed, consumer.units, ridge=RIDGE, name=name
-        )
+        second, weight, units = consumer.system
+        errors = refit_errors(second, weight, removed, units, ridge=RIDGE, name=name)
         total += torch.tensor(errors, dtype=torch.float64) * consumer.per_energy
     return tuple(total.tolist())
 
