@@ -17,6 +17,7 @@ import thinet
 from tests.compared_runs import CONFIG, EXAMPLE, batches, compared, drawn, facts, plain_net
 from thinet import grid
 from thinet.cells import Cell, Comparison, Dense, Spread
+from thinet.criteria import base
 from thinet.errors import (
     CheckpointError,
     DataError,
@@ -32,6 +33,7 @@ from thinet.train.evaluate import evaluate
 from thinet.train.finetune import finetune
 
 QUICK: dict[str, Any] = {"train": None, "config": None}
+BUDGET = (thinet.Budget(keep=0.5),)
 
 
 @pytest.fixture(scope="module")
@@ -438,3 +440,39 @@ def test_means_and_spreads_are_over_the_seeds_that_were_finished() -> None:
     assert (first.top5, first.top1_tuned) == (None, None)
     assert (second.method, second.top1) == ("l2, full", Spread(0.25))
     assert Comparison(dense, cells).failed == (failed,)
+
+
+def test_a_criterion_that_fails_is_a_cell_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+
+    @base.criterion("half", needs=())
+    def half(stats: base.GroupStatistics) -> base.Order:
+        return base.Order((0,))
+
+    @base.criterion("boom", needs=())
+    def boom(stats: base.GroupStatistics) -> base.Order:
+        raise KeyError("mistaken")
+
+    found = compared(tmp_path, criteria=("half", "boom", "random"), budgets=BUDGET, **QUICK)
+    failed, crashed, fine = found.cells
+    assert failed.error is not None and "must order units 0..5, each once" in failed.error
+    assert crashed.error is not None and "'boom' failed with KeyError: 'mistaken'" in crashed.error
+    assert fine.error is None and fine.top1 is not None
+
+
+def test_images_that_can_be_gone_through_once_serve_all_seeds(tmp_path: Path) -> None:
+    options = {"criteria": ("thinet",), "budgets": BUDGET, "seeds": 2, **QUICK}
+    once = compared(tmp_path / "a", calibration=drawn(3), **options)
+    listed = compared(tmp_path / "b", calibration=list(drawn(3)), **options)
+    assert len(once.cells) == 2 and facts(once) == facts(listed)
+
+
+def test_validation_data_that_differ_late_are_refused(tmp_path: Path) -> None:
+    options = {"criteria": ("random",), "budgets": BUDGET, **QUICK}
+    compared(tmp_path, **options)
+    images = batches(6)
+    images[-1] = (images[-1][0] + 1, images[-1][1])
+    with pytest.raises(CheckpointError, match="evaluation data all batches was"):
+        compared(tmp_path, validation=images, **options)

@@ -16,7 +16,7 @@ from thinet.criteria.taylor import normalised
 from thinet.criteria.thinet import greedy
 from thinet.criteria.thinet_omp import pursue
 from thinet.criteria.weight_sum import weight_sums
-from thinet.errors import CalibrationError, OptionError, RepairError
+from thinet.errors import CalibrationError, CriterionError, OptionError, RepairError
 
 UNITS = 6
 
@@ -399,3 +399,14 @@ def test_a_criterion_that_returns_no_order_is_named(stats, monkeypatch):
     assert nothing.needs == {"filters"}
     with pytest.raises(OptionError, match=r"'nothing' must return a thinet.criteria.Order.*None"):
         nothing(stats)
+
+
+def test_a_criterion_that_fails_names_the_group_and_itself(stats, monkeypatch):
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+
+    @criterion("boom", needs=())
+    def boom(stats: GroupStatistics) -> Order:
+        raise ZeroDivisionError("by nought")
+
+    with pytest.raises(CriterionError, match="'boom' failed with ZeroDivisionError: by nought"):
+        boom(stats)

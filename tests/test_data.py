@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from thinet.data import ImageFolder, Loader, calibration_batches, loader
 from thinet.errors import DataError, OptionError
+from thinet.train.evaluate import evaluate
 
 PLAIN: dict[str, Any] = {"size": 8, "mean": (0, 0, 0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Preprocessing that leaves the bytes as they are."""
@@ -179,6 +181,13 @@ def test_every_second_calibration_image_is_mirrored_on_request(folder: Path) -> 
         assert torch.equal(before[1::2].flip(-1), after[1::2])
     assert all(torch.equal(a, b) for a, b in zip(data, data, strict=True))  # not mirrored back
     assert data.describe() != plain.describe()
+    told = calibration_batches(folder, 12, 5, seed=3, mirror=True, labels=True, **PLAIN)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+    )
+    model.eval()
+    assert evaluate(model, told).loss == pytest.approx(evaluate(model, list(told)).loss, abs=1e-6)
 
 
 def test_calibration_takes_what_there_is_and_says_so(

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinet.errors import DataError, MissingExtraError, ModelError, OptionError, TrainingError
+from thinet.trace.replica import copied
 from thinet.train import state
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
@@ -452,3 +454,84 @@ def test_weights_drawn_anew_are_the_seeds_and_the_shapes_stay() -> None:
 def test_weights_that_cannot_be_drawn_anew_are_named() -> None:
     with pytest.raises(ModelError, match=r"the model \(Rooted\) has parameters and no reset_param"):
         from_scratch(Rooted())
+
+
+def weight_normed(inputs: int, outputs: int) -> nn.Module:
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return nn.utils.weight_norm(nn.Linear(inputs, outputs))
+
+
+def test_weights_that_their_own_reset_leaves_are_named() -> None:
+    normed = nn.Sequential(weight_normed(5, 8), nn.Linear(8, 3))
+    with pytest.raises(
+        ModelError, match=r"reset_parameters\(\) of 0 \(Linear\) leaves its weights"
+    ):
+        from_scratch(normed)
+    rooted = Rooted().requires_grad_(False)
+    with pytest.raises(ModelError, match=r"the model \(Rooted\) has parameters and no reset_param"):
+        from_scratch(rooted)
+
+
+def test_a_model_whose_weights_are_normed_before_each_forward_is_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_normed(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    model = model.double()
+    model(batches()[0][0])  # the weight has a history now
+    config = FinetuneConfig(**PLAIN, ema_decay=0.9)
+    found = finetune(model, batches(), epochs=2, config=config, teacher=copied(model))
+    assert found.history[1].loss < found.history[0].loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    given = finetune(
+        model, batches(), epochs=1, config=FinetuneConfig(**PLAIN), optimizer=optimizer
+    )
+    fresh = finetune(model, batches(), epochs=1, config=FinetuneConfig(**PLAIN))
+    assert same(given.model, fresh.model) and not same(given.model, model)
+
+
+def test_an_auxiliary_loss_is_no_auxiliary_classifier() -> None:
+    @dataclass
+    class Routed:
+        logits: torch.Tensor
+        aux_loss: torch.Tensor
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(5, 3).double()
+
+        def forward(self, x: torch.Tensor) -> Routed:
+            y = self.fc(x)
+            return Routed(y, y.square().mean())
+
+    model, data = Router(), batches()
+    found = finetune(model, data, epochs=1, config=FinetuneConfig(**PLAIN)).model
+
+    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(images).logits, labels)
+
+    wanted = written_out(model, data, 1, loss, lr=0.1, momentum=0.9, weight_decay=0.01)
+    assert same(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_whole_type(dtype: torch.dtype) -> None:
+    data = [(x, y.to(dtype)) for x, y in batches()]
+    found = finetune(net(), data, epochs=1, config=FinetuneConfig(**PLAIN), validation=data)
+    assert found.history[0].validation == evaluate(found.model, batches())
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"milestones": 3, "schedule": "step"}', "milestones must be increasing epochs"),
+        ('{"milestones": [true, 2], "schedule": "step"}', "milestones must be increasing epochs"),
+        ('{"milestones": null}', "milestones must be increasing epochs"),
+        ('{"group_sparsity": {}}', "group sparsity: strength must be given"),
+        ('{"nesterov": "x"}', "nesterov must be true or false"),
+        ('{"log_dir": 3}', "log_dir must be a folder or None"),
+    ],
+)
+def test_options_of_another_type(text: str, fault: str) -> None:
+    with pytest.raises(OptionError, match=fault):
+        FinetuneConfig.from_json(text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import thinet
-from thinet.calibrate.gradients import collect_gradients
+from thinet.calibrate.gradients import collect_gradients, loss_of
 from thinet.errors import CalibrationError
 
 
@@ -77,3 +79,33 @@ def test_both_criteria_run_in_prune() -> None:
             net, x[:1], [x], budget=thinet.Budget(keep=0.7), criterion=name, repair="none"
         )
         assert result.report.groups[0].kept == 2
+
+
+class Named(nn.Module):
+    """Features and logits in a dict, in either order."""
+
+    def __init__(self, net: nn.Module, first: bool) -> None:
+        super().__init__()
+        self.net, self.first = net, first
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.net(x)
+        named = {"logits": y, "features": y.square() @ torch.ones(y.shape[1], 4)}
+        return named if self.first else dict(reversed(named.items()))
+
+
+def test_the_loss_is_asked_of_the_field_logits() -> None:
+    torch.manual_seed(1)
+    net, x, labels = TinyNet(), torch.randn(5, 1, 3, 3), torch.tensor([0, 1, 1, 0, 1])
+    plain = collect_gradients(net, [(x, labels)], thinet.find_groups(net, x)[:1])
+    for first in (True, False):
+        named = Named(net, first)
+        groups = thinet.find_groups(named, x)[:1]
+        found = collect_gradients(named, [(x, labels.to(torch.int32))], groups)
+        for ours, theirs in ((found.taylor, plain.taylor), (found.taylor_fo, plain.taylor_fo)):
+            (a,), (b,) = ours.values(), theirs.values()
+            assert torch.equal(a, b) and bool(a.any())
+    loss = loss_of({"made": torch.zeros(2, 3)}, torch.tensor([0, 1]))  # the only one
+    assert float(loss) == pytest.approx(2 * math.log(3))
+    with pytest.raises(CalibrationError, match="2 tensors, none of them first or named `logits`"):
+        loss_of({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, torch.tensor([0, 1]))

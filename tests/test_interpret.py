@@ -401,3 +401,18 @@ def test_numbers_that_differ_between_batches_are_refused() -> None:
     close(Execution(model).run([x])[0], model, x)
     with pytest.raises(CalibrationError, match=r"_local_scalar_dense .* asks for a number"):
         Execution(model).run([x, 3 * x])
+
+
+def test_a_kernel_that_wants_its_input_in_one_piece_gets_it() -> None:
+    """As attention over the positions of a map does (diffusers)."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x).flatten(2))
+
+    model, x = randomise(Flat()), torch.randn(2, 3, 4, 4)
+    close(Execution(model).run([x])[0], model, x)

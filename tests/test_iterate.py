@@ -162,6 +162,7 @@ def test_the_schedule_scales(tmp_path: Path) -> None:
         ({"train": labelled_batches(16, 8)}, "training data batches was 4 and is now 2"),
         ({"recipe": None, "budget": Budget(keep=0.5)}, "recipe was 'three-steps' and is now"),
         ({"train": None, "config": None}, "and is now None"),
+        ({"validation": labelled_batches(16, 8)}, "validation data was None and is now {"),
     ],
 )
 def test_other_settings_are_refused_and_named(
@@ -217,3 +218,20 @@ def test_options_that_contradict_each_other(
     with pytest.raises(OptionError, match=text):
         iterated(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_starting_over_survives_being_killed_before_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old training states stay when the settings are gone already."""
+
+    def progress(what: str, *_: object) -> None:
+        if "epoch" in what:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        iterated(tmp_path / "run", progress=progress)
+    assert list((tmp_path / "run").glob("training-*"))
+    (tmp_path / "run" / "steps.json").unlink()
+    other = {"lr_scale": 0.5}
+    assert digest(iterated(tmp_path / "run", **other)) == digest(iterated(tmp_path / "w", **other))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.interrupted_runs import CONFIG, digest, dropping_net, noisy_data, trained
 from thinet.data import loader
@@ -243,3 +244,103 @@ def test_fingerprints_see_values_shapes_names_and_freezing() -> None:
         prints.add(fingerprint(model))
     assert len(prints) == 5
     assert fingerprint(dropping_net()) == fingerprint(base)
+
+
+class Remembering(nn.Module):
+    """A network with a running number that its state_dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = dropping_net()
+        self.register_buffer("centre", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.net(x)
+        if self.training:
+            self.centre.mul_(0.9).add_(y.detach().mean(), alpha=0.1)
+        return y * (1 + self.centre)
+
+
+def test_buffers_that_a_state_dict_leaves_out_go_on_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = Remembering()
+    options: dict[str, Any] = {"epochs": 2, "config": CONFIG}
+    whole = finetune(first, noisy_data(), **options).model
+    for steps in (3, 2):
+        with pytest.raises(Stopped):
+            finetune(
+                first, noisy_data(), checkpoint=tmp_path, save_every=1,
+                progress=stop_after(steps), **options,
+            )  # fmt: skip
+    resumed = finetune(first, noisy_data(), checkpoint=tmp_path, save_every=1, **options).model
+    assert fingerprint(resumed) == fingerprint(whole)
+    assert torch.equal(resumed.centre, whole.centre) and bool(whole.centre)
+    first.centre.fill_(1)
+    with pytest.raises(CheckpointError, match="model was '"):
+        finetune(first, noisy_data(), checkpoint=tmp_path, **options)
+
+
+def test_a_loader_without_batches_is_shuffled_by_the_seed_whatever_its_generator(
+    tmp_path: Path,
+) -> None:
+    pairs = noisy_data()
+    images = torch.stack([x for x, _ in pairs][:6])
+    labels = torch.stack([y for _, y in pairs][:6])
+    own = torch.Generator().manual_seed(4)
+    data = DataLoader(TensorDataset(images, labels), batch_size=None, shuffle=True, generator=own)
+    options: dict[str, Any] = {"epochs": 2, "config": replace(CONFIG, accumulate=1)}
+    state_before = own.get_state()
+    whole = digest(finetune(dropping_net(), data, **options))
+    assert torch.equal(own.get_state(), state_before)
+    own.manual_seed(5)  # another process begins with another state
+    assert stopped_and_resumed(tmp_path, [4, 3], data=data, save_every=1, **options) == whole
+
+
+def test_data_validation_and_optimizers_that_changed_are_refused(tmp_path: Path) -> None:
+    pairs = list(noisy_data())
+    later = [pairs[0], *((x + 1, y) for x, y in pairs[1:])]
+
+    def run(name: str, data: Any = pairs, validation: Any = pairs, **sgd: float) -> None:
+        model = dropping_net()
+        optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **sgd})
+        finetune(
+            model, data, epochs=1, config=CONFIG, checkpoint=tmp_path / name,
+            validation=validation, optimizer=optimizer,
+        )  # fmt: skip
+
+    run("list")
+    run("list", lr=0.5)  # the schedule sets it
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data": later}, "data all batches was"),
+        ({"validation": later}, "validation data all batches was"),
+        ({"momentum": 0.5}, "optimizer group 0 momentum was 0.9 and is now 0.5"),
+        ({"weight_decay": 0.5}, "optimizer group 0 weight_decay was 0 and is now 0.5"),
+    ]
+    for options, text in cases:
+        with pytest.raises(CheckpointError, match=f"started differently: {text}"):
+            run("list", **options)
+
+    def loaded(last: float) -> Any:
+        images = torch.cat([x for x, _ in pairs])
+        images[-1] += last
+        return DataLoader(TensorDataset(images, torch.cat([y for _, y in pairs])), batch_size=4)
+
+    run("loader", loaded(0.0))
+    with pytest.raises(CheckpointError, match="differently: data first and last batch was"):
+        run("loader", loaded(1.0))
+
+
+class Counting(nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_a_state_that_is_no_tensor_is_refused_before_training(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), Counting(72, 3))
+    with pytest.raises(CheckpointError, match=r"^1 \(Counting\) keeps a state that is no tensor"):
+        finetune(model, noisy_data(), epochs=1, checkpoint=tmp_path / "run")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import thinet
 from tests.oracle import randomise
 from thinet.calibrate.collect import collect
 from thinet.calibrate.statistics import _by_unit, group_statistics
@@ -173,3 +175,22 @@ def test_entries_are_sorted_by_unit_only_where_every_unit_has_as_many() -> None:
     assert vector is not None and vector.tolist() == [[7], [6]]
     assert _by_unit(weight, 0, (0, 1, 1, -1)) is None
     assert _by_unit(weight, 0, (1, 1, 2, -1)) is None  # unit 0 has nothing here
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+@pytest.mark.parametrize("criterion", ["thinet", "block-obs"])
+def test_inputs_that_never_vary_are_constant_in_double_precision_too(
+    criterion: str, count: int
+) -> None:
+    """Their covariance is rounding, which no system can be made of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 4),
+    ).double().eval()  # fmt: skip
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    again = x.repeat(count, 1, 1, 1)
+    found = thinet.prune(model, x, [again], budget=thinet.Budget(macs=0.5), criterion=criterion)
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-6, atol=1e-6)
+    covariance = measured(model, "6", again).consumers[0].second
+    assert covariance is not None and not covariance.any()

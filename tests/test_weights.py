@@ -116,3 +116,17 @@ def test_files_without_named_tensors(tmp_path: Path, content: Any, text: str) ->
 def test_a_missing_file() -> None:
     with pytest.raises(CheckpointError, match="there is no weights file no/such"):
         read_weights("no/such.safetensors")
+
+
+def test_what_a_module_keeps_beside_tensors_is_none_of_the_file(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    model, other = Counting(3, 2), nn.Linear(3, 2)
+    save_file(dict(other.state_dict()), tmp_path / "w.safetensors")
+    load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model.weight, other.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -155,4 +155,6 @@ def _patterns(given: str | Sequence[str] | None) -> list[str] | None:
 
 
 def _by_seed(given: Any) -> Callable[[int], Any]:
+    if isinstance(given, Iterator):  # gone through once a seed
+        given = list(given)
     return given if callable(given) else lambda _: given

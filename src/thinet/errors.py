@@ -44,6 +44,10 @@ class CalibrationError(ThinetError):
     """The calibration data is empty, not finite, or does not fit the model."""
 
 
+class CriterionError(OptionError, CalibrationError):
+    """A criterion of the caller's own failed, or returned no order of the units."""
+
+
 class RepairError(ThinetError):
     """A least-squares system cannot be solved."""
 

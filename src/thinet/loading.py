@@ -101,8 +101,6 @@ class Loader:
         self._next_epoch += 1 if self.folder.train else 0
         for images, labels in self.epoch(epoch):
             if len(images):
-                if self.mirror:
-                    images[1::2] = images[1::2].flip(-1)
                 yield (images, labels) if labels is not None else images
 
     def epoch(
@@ -115,6 +113,15 @@ class Loader:
         order = self._order(epoch)
         chosen = range(len(self)) if batches is None else batches
         parts = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in chosen]
+        for images, labels in self._made(parts, chosen, epoch):
+            if self.mirror:
+                images[1::2] = images[1::2].flip(-1)
+            yield images, labels
+
+    def _made(
+        self, parts: list[torch.Tensor], chosen: Sequence[int], epoch: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Batches of these images, which are those numbers of the epoch."""
         if self._pixels is None:
             yield from self._decoded(parts, epoch)
             return

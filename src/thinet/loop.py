@@ -143,7 +143,10 @@ class Loop:
             "model": fingerprint(self.dense),
             "calibration": _digest(self.batches),
             "training data": None,
+            "validation data": None,
         }
+        if self.validation is not None:
+            facts["validation data"] = Feed(self.validation, seed=0, rank=0, world=1).describe()
         if self.train is not None:
             options = asdict(self._training)
             del options["log_dir"]

@@ -91,6 +91,7 @@ class Store:
             path.unlink(missing_ok=True)
             self._tidy(Position())
         if not path.exists():
+            self._tidy(Position())  # what a run that was started over has left
             return Position()
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -29,7 +29,8 @@ def load_weights(model: nn.Module, path: str | Path, what: str = "the model") ->
         ModelError: names or shapes differ; some are listed with the shapes of both.
     """
     weights = read_weights(path)
-    own: dict[str, torch.Tensor] = model.state_dict()
+    stored: dict[str, Any] = model.state_dict()  # modules may keep more than tensors
+    own = {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
     missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in weights]
     unexpected = [f"{n} {tuple(t.shape)}" for n, t in weights.items() if n not in own]
     mismatched = [

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from thinet.calibrate.batches import images_in
 from thinet.errors import CalibrationError
+from thinet.logits import find_logits
 from thinet.observe import evaluating, preserved_rng, running
 from thinet.trace.program import plain
 from thinet.trace.record import describe
@@ -96,13 +97,22 @@ def loss_of(
     Raises:
         CalibrationError: there are no logits, or the targets do not fit them.
     """
-    logits = next((x for x in tree_flatten(plain(output))[0] if isinstance(x, Tensor)), None)
+    logits = find_logits(output)
+    if logits is None:
+        tensors = [x for x in tree_flatten(plain(output))[0] if isinstance(x, Tensor)]
+        logits = tensors[0] if len(tensors) == 1 else None
+        seen = f"{len(tensors)} tensors, none of them first or named `logits`"
+    else:
+        seen = str(tuple(logits.shape))
     if logits is None or logits.ndim != 2:
         raise CalibrationError(
-            "criteria from gradients need a model that returns logits of shape (images, classes); "
-            f"it returned {'no tensor' if logits is None else tuple(logits.shape)}"
+            "criteria from gradients need a model that returns logits of shape (images, classes): "
+            "a tensor, a tuple that begins with it, or an output with a field `logits`; it "
+            f"returned {seen}"
         )
     labels = _answers(logits.detach(), generator) if targets is None else targets
+    if not labels.is_floating_point():
+        labels = labels.to(torch.int64)
     try:
         return functional.cross_entropy(logits, labels, reduction="sum")
     except (RuntimeError, ValueError, IndexError) as error:

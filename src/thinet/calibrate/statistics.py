@@ -12,9 +12,11 @@ from thinet.calibrate.collect import Observations
 from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import fold_units, gram
 from thinet.calibrate.layers import output_gains
+from thinet.calibrate.moments import Moments
 from thinet.calibrate.patches import dense_weight
 from thinet.calibrate.shrink import shrunk
 from thinet.criteria.base import Consumer, GroupStatistics
+from thinet.lstsq import CONSTANT
 from thinet.surgery.apply import named_tensors
 from thinet.types import ChannelGroup, Site
 
@@ -43,7 +45,7 @@ def group_statistics(
         root = seen.roots.get(site.op)
         weight = weighed(weight, root)
         if site.op in seen.moments:
-            covariance = seen.moments[site.op].covariance()
+            covariance = _varying(seen.moments[site.op])
             centred = gram(covariance, weight)
             energy = float(centred.sum()) if root is None else NATS
             gains, signal = None, energy
@@ -93,6 +95,16 @@ def site_gram(site: Site, group: ChannelGroup, seen: Observations, weight: Tenso
     if site.op in seen.parts:
         return seen.parts[site.op].gram(group.name)
     return seen.grams.get((site.op, group.name))
+
+
+def _varying(moments: Moments) -> Tensor:
+    """The (d, d) covariance, exactly 0 for what is constant but for rounding."""
+    covariance = moments.covariance()
+    variance = covariance.diagonal()
+    constant = variance <= CONSTANT * (variance.abs() + moments.mean.square())
+    if bool(constant.any()):
+        covariance.masked_fill_(constant, 0).masked_fill_(constant[:, None], 0)
+    return covariance
 
 
 def _about_zero(centred: Tensor, weight: Tensor, mean: Tensor) -> Tensor:

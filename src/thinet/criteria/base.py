@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from thinet.errors import CalibrationError, OptionError
+from thinet.errors import CalibrationError, CriterionError, OptionError, ThinetError
 
 Need = Literal[
     "gram", "systems", "hessians", "weights", "filters", "zeros", "taylor", "taylor_fo", "bn_scale"
@@ -150,7 +150,7 @@ class Criterion:
 
         Raises:
             CalibrationError: what it needs was not collected, or is not finite.
-            OptionError: the function behind it returned no order of the units.
+            CriterionError: the function behind it failed, or returned no order of the units.
         """
         missing = sorted(need for need in self.needs if not stats.has(need))
         if missing:
@@ -158,14 +158,22 @@ class Criterion:
                 f"group {stats.name!r}: criterion {self.name!r} needs {', '.join(missing)}, which "
                 "this group has not; choose another criterion or skip the group"
             )
-        order = self.choose(stats)
+        try:
+            order = self.choose(stats)
+        except (ThinetError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CriterionError(
+                f"group {stats.name!r}: criterion {self.name!r} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if not isinstance(order, Order):
-            raise OptionError(
+            raise CriterionError(
                 f"criterion {self.name!r} must return a thinet.criteria.Order; for group "
                 f"{stats.name!r} it returned {type(order).__name__} (by_score makes one of scores)"
             )
         if sorted(order.removed) != list(range(stats.channels)):
-            raise OptionError(
+            raise CriterionError(
                 f"group {stats.name!r}: criterion {self.name!r} must order units "
                 f"0..{stats.channels - 1}, each once; it returned {len(order.removed)} entries"
             )

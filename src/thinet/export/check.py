@@ -114,8 +114,10 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     if ours.numel() == 0:
         return 0.0
     ours, theirs = ours.double(), theirs.double()
-    gap = (ours - theirs).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
-    scale = ours.abs().max()
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities may be meant
+    gap = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(torch.inf, torch.inf).max()
+    finite = ours[ours.isfinite()].abs()
+    scale = finite.max() if finite.numel() else torch.tensor(1.0)
     return float(gap / scale) if scale > 0 else float(gap)
 
 

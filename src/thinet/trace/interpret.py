@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -282,13 +282,24 @@ def _call(op: Op, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if op.name not in ("aten.view", "aten._unsafe_view"):
-            raise CalibrationError(
-                f"{op.where} cannot run on a calibration batch: {error}; give batches of the "
-                "type, shape and values that the model accepts"
-            ) from error
         # Strides differ from those of the recording where a kernel chose another memory format.
-        return args[0].reshape(args[1])
+        if op.name in ("aten.view", "aten._unsafe_view"):
+            return args[0].reshape(args[1])
+        if (plain := _plainly_laid_out(op, (args, kwargs))) is not None:
+            with suppress(RuntimeError):
+                return function(*plain[0], **plain[1])
+        raise CalibrationError(
+            f"{op.where} cannot run on a calibration batch: {error}; give batches of the "
+            "type, shape and values that the model accepts"
+        ) from error
+
+
+def _plainly_laid_out(op: Op, given: Any) -> Any:
+    """What an operation is given, all contiguous; None if it is or if it is written into."""
+    leaves = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, torch.Tensor)]
+    if storages_written(op) or all(leaf.is_contiguous() for leaf in leaves):
+        return None
+    return tree_map(lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x, given)
 
 
 def _stretches(order: Sequence[int], meet: Collection[int] | None) -> list[list[int]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,7 +70,8 @@ class FinetuneConfig:
     log_dir: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if isinstance(self.milestones, Iterable) and not isinstance(self.milestones, str):
+            object.__setattr__(self, "milestones", tuple(self.milestones))
         faults = list(self._faults())
         if faults:
             raise OptionError("fine-tuning options: " + "; ".join(faults))
@@ -96,9 +99,14 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value not in get_args(known):
                 yield f"{name} must be one of {', '.join(get_args(known))}, got {value!r}"
-        rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:]))
-        if not all(isinstance(m, int) and m > 0 for m in self.milestones) or not rising:
-            yield f"milestones must be increasing epochs from 1 on, got {self.milestones}"
+        for name in ("nesterov", "decay_norm_and_bias"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be true or false, got {getattr(self, name)!r}"
+        if not isinstance(self.log_dir, (str, PathLike, type(None))):
+            yield f"log_dir must be a folder or None, got {self.log_dir!r}"
+        if not _are_epochs(self.milestones):
+            yield f"milestones must be increasing epochs from 1 on, got {self.milestones!r}"
+            return
         if self.schedule == "step" and not self.milestones:
             yield "schedule step needs milestones, such as (4, 8)"
         if self.schedule != "step" and self.milestones:
@@ -112,7 +120,7 @@ class FinetuneConfig:
 
     def to_json(self) -> str:
         """All options as a JSON object."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> FinetuneConfig:
@@ -131,8 +139,15 @@ class FinetuneConfig:
         inner = values.get("group_sparsity")
         if isinstance(inner, dict):
             _check_names(inner, GroupSparsity)
+            if "strength" not in inner:
+                raise OptionError("group sparsity: strength must be given")
             values["group_sparsity"] = GroupSparsity(**inner)
         return cls(**values)
+
+
+def _are_epochs(given: Any) -> bool:
+    whole = isinstance(given, tuple) and all(type(m) is int and m > 0 for m in given)
+    return whole and all(a < b for a, b in pairwise(given))
 
 
 def _check_names(values: dict[str, Any], kind: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import chain
 
 import torch
 from torch import nn
+
+from thinet.trace.replica import copied
 
 
 class Ema:
@@ -17,7 +18,7 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model = copied(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional
 from thinet.errors import DataError, ModelError
 from thinet.observe import evaluating
 from thinet.trace.record import check_model
+from thinet.trace.replica import copied
 from thinet.train.feed import Feed
 from thinet.train.outputs import check_targets, logits_of, output_of
 from thinet.train.processes import Processes, current, is_on
@@ -64,7 +64,7 @@ def evaluate(
     check_model(model)
     processes = current(device)
     feed = Feed(data, seed=0, rank=processes.rank, world=processes.world)
-    placed = model if is_on(model, processes.device) else copy.deepcopy(model)
+    placed = model if is_on(model, processes.device) else copied(model)
     placed = placed.to(processes.device)
     return evaluate_feed(placed, feed, processes, progress)
 
@@ -98,7 +98,7 @@ def _scores(output: Any, labels: torch.Tensor, where: str) -> torch.Tensor:
             f"{where}: the model gives logits that are not finite; check its weights and the "
             "data's mean and std"
         )
-    labels = labels.to(logits.device)
+    labels = labels.to(logits.device, torch.int64)
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     parts = [best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels))]

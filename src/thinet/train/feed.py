@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,12 +67,18 @@ class Feed:
         """What the data is, to compare with that of a run which is to go on."""
         if isinstance(self._data, Loader):
             return self._data.describe()
-        images, labels = _pair(next(iter(self._fetched(0, [0]))), 0)
+        first, last = [0], [0, self.batches - 1] if self.batches > 1 else [0]
+        looked_at, name = last, "first and last batch"
+        if isinstance(self._data, (list, tuple)):
+            looked_at, name = list(range(self.batches)), "all batches"
+        elif not (isinstance(self._data, DataLoader) and _has_batches(self._data)):
+            looked_at, name = first, "first batch"  # the last would take all before it
         digest = hashlib.blake2b(digest_size=16)
-        for tensor in (images, labels):
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return {"batches": self.batches, "first batch": digest.hexdigest()}
+        for number, batch in zip(looked_at, self._fetched(0, looked_at), strict=True):
+            for tensor in _pair(batch, number):
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+        return {"batches": self.batches, name: digest.hexdigest()}
 
     def _fetched(self, epoch: int, numbers: list[int]) -> Iterator[Any]:
         if isinstance(self._data, Loader):
@@ -96,29 +103,39 @@ class Feed:
         )
 
     def _order(self, data: DataLoader[Any], epoch: int) -> list[Any]:
-        """The indices of each batch; a generator of the user's own is put back after."""
-        own = {id(g): g for g in (data.generator, getattr(data.sampler, "generator", None)) if g}
+        """The indices of each batch."""
+        with self._own_seeded(epoch), seeded("order", self._seed, epoch):
+            return list(data.batch_sampler or ())
+
+    @contextmanager
+    def _own_seeded(self, epoch: int) -> Iterator[None]:
+        """The loader's own generators seeded by the epoch, and put back after."""
+        found = (
+            getattr(self._data, "generator", None),
+            getattr(getattr(self._data, "sampler", None), "generator", None),
+        )
+        own = {id(g): g for g in found if isinstance(g, torch.Generator)}
         states = [(g, g.get_state()) for g in own.values()]
         try:
             for g, _ in states:
                 g.manual_seed(derive("order", self._seed, epoch))
-            with seeded("order", self._seed, epoch):
-                return list(data.batch_sampler or ())
+            yield
         finally:
             for g, state in states:
                 g.set_state(state)
 
     def _passed_through(self, epoch: int, numbers: list[int]) -> Iterator[Any]:
         wanted, last = set(numbers), max(numbers, default=-1)
-        with seeded("order", self._seed, epoch):
-            iterator = iter(self._data)
-        for number in range(last + 1):
-            with seeded("batch", self._seed, epoch, number):
-                batch = next(iterator, iterator)
-            if batch is iterator:
-                raise DataError(f"the data ended after {number} batches; it had {self.batches}")
-            if number in wanted:
-                yield batch
+        with self._own_seeded(epoch):  # a sampler draws when its first batch is asked for
+            with seeded("order", self._seed, epoch):
+                iterator = iter(self._data)
+            for number in range(last + 1):
+                with seeded("batch", self._seed, epoch, number):
+                    batch = next(iterator, iterator)
+                if batch is iterator:
+                    raise DataError(f"the data ended after {number} batches; it had {self.batches}")
+                if number in wanted:
+                    yield batch
 
 
 class _SeededBatches(Dataset[Any]):

@@ -56,7 +56,9 @@ def finetune(
     to read): at the start, after each epoch, every `save_every` steps, and on Ctrl-C. Called again
     with the same arguments, a run that ended early goes on where it was. On a CPU, with as many
     processes, its weights are bit for bit those of a run that was never stopped, and a finished run
-    is returned at once. A run is resumed only with what it was started with.
+    is returned at once. A run is resumed only with what it was started with; of data the batches of
+    a list are compared, the names and labels of a folder, and the first and last batch of a
+    `DataLoader` (of data without numbered batches the first).
 
     Args:
         model: gives logits; auxiliary classifiers of GoogLeNet and Inception are trained too.
@@ -94,7 +96,14 @@ def finetune(
             run.open(
                 Path(checkpoint),
                 lambda: identity_of(
-                    model, optimizer, teacher, feed.describe(), config, epochs, processes.world
+                    model,
+                    optimizer,
+                    teacher,
+                    feed.describe(),
+                    None if scored is None else scored.describe(),
+                    config,
+                    epochs,
+                    processes.world,
                 ),
                 resume,
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thinet.surgery.apply import named_tensors
 from thinet.train.config import FinetuneConfig
 from thinet.train.state import pack_optimizer
 
@@ -19,28 +20,35 @@ def identity_of(
     optimizer: torch.optim.Optimizer | None,
     teacher: nn.Module | None,
     data: Mapping[str, Any],
+    validation: Mapping[str, Any] | None,
     config: FinetuneConfig,
     epochs: int,
     processes: int,
 ) -> dict[str, Any]:
-    """Everything that decides a run's weights, in a form that JSON gives back unchanged.
+    """Everything that decides a run's result, in a form that JSON gives back unchanged.
 
-    `data` is what `Feed.describe` says; `optimizer` the one that was given, None for fresh SGD.
+    `data` and `validation` are what `Feed.describe` says; `optimizer` the one that was given, None
+    for fresh SGD. Its learning rates are the schedule's.
     """
     options = asdict(config)
     del options["log_dir"]
+    state, plain = pack_optimizer(optimizer) if optimizer is not None else ({}, {"groups": []})
+    set_anew = {"params", "lr", "initial_lr"}
     return _as_json(
         {
             "option": options,
             "epochs": epochs,
             "processes": processes,
             "data": data,
+            "validation data": validation,
             "model": fingerprint(model),
             "teacher": fingerprint(teacher) if teacher is not None else None,
             "optimizer": type(optimizer).__name__ if optimizer is not None else None,
-            "optimizer state": (
-                fingerprint_of(pack_optimizer(optimizer)[0]) if optimizer is not None else None
-            ),
+            "optimizer state": fingerprint_of(state) if optimizer is not None else None,
+            "optimizer group": {
+                str(number): {k: v for k, v in group.items() if k not in set_anew}
+                for number, group in enumerate(plain["groups"])
+            },
         }
     )
 
@@ -50,7 +58,9 @@ def fingerprint(model: nn.Module) -> str:
     trained = {
         name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
     }
-    return fingerprint_of(model.state_dict(), trained)
+    stored = model.state_dict()
+    beside = {name: t for name, t in named_tensors(model) if name not in stored}
+    return fingerprint_of({**stored, **beside}, trained)
 
 
 def fingerprint_of(tensors: Mapping[str, Any], marked: set[str] | None = None) -> str:

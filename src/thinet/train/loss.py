@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from thinet.errors import DataError, ModelError
 from thinet.observe import evaluating
+from thinet.trace.replica import copied
 from thinet.train.config import FinetuneConfig
 from thinet.train.distill import distillation
 from thinet.train.outputs import auxiliary_of, check_targets, logits_of, output_of
@@ -30,7 +30,7 @@ class Loss:
         self.device = device
         self.teacher = teacher
         if teacher is not None and not is_on(teacher, device):
-            self.teacher = copy.deepcopy(teacher).to(device)
+            self.teacher = copied(teacher).to(device)
 
     def __call__(
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, where: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 from thinet.errors import OptionError
+from thinet.trace import replica
 from thinet.train.config import FinetuneConfig
 from thinet.train.processes import Processes
 
@@ -48,7 +50,9 @@ def copied(
                 "the optimizer holds parameters that are not the model's; make it over "
                 "model.parameters(), or let thinet.cut carry it over with the model"
             )
-    model, optimizer = copy.deepcopy((model, optimizer))
+    memo: dict[int, Any] = {}
+    model = replica.copied(model, memo)
+    optimizer = copy.deepcopy(optimizer, memo)  # over the copy's parameters
     model.to(processes.device)
     processes.same_model(model)
     if optimizer is None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from thinet.errors import DataError, ModelError
+from thinet.logits import find_logits
 from thinet.observe import running
 
 
@@ -33,15 +34,8 @@ def logits_of(output: Any) -> torch.Tensor:
     Raises:
         ModelError: none of these is a float tensor of two dimensions.
     """
-    found = output
-    if not isinstance(found, torch.Tensor):
-        if isinstance(found, Mapping):
-            found = found.get("logits")
-        elif hasattr(found, "logits"):
-            found = found.logits
-        elif isinstance(found, (tuple, list)) and found:
-            found = found[0]
-    if not isinstance(found, torch.Tensor):
+    found = find_logits(output)
+    if found is None:
         raise ModelError(
             f"the model returned {_kind(output)}; logits are needed: a tensor (images, classes), a "
             "tuple that begins with one, or an output with a field `logits`"
@@ -57,12 +51,14 @@ def logits_of(output: Any) -> torch.Tensor:
 def auxiliary_of(output: Any) -> list[tuple[float, torch.Tensor]]:
     """Weights and logits of the auxiliary classifiers of a model in training mode.
 
-    The fields of the output whose names begin with `aux`: weight 0.3 each where there are two
-    (GoogLeNet, Szegedy et al. 2015, section 5), 0.4 for one (Inception v3, as in torchvision).
+    The fields of the output whose names begin with `aux` and that are shaped as its logits: weight
+    0.3 each where there are two (GoogLeNet, Szegedy et al. 2015, section 5), 0.4 for one (Inception
+    v3, as in torchvision).
     """
     names = output._fields if hasattr(output, "_fields") else getattr(output, "__dict__", {})
     heads = [getattr(output, name) for name in names if name.startswith("aux")]
-    heads = [head for head in heads if isinstance(head, torch.Tensor)]
+    shape = logits_of(output).shape if heads else None
+    heads = [head for head in heads if isinstance(head, torch.Tensor) and head.shape == shape]
     return [(0.3 if len(heads) > 1 else 0.4, head) for head in heads]
 
 

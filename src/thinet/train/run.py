@@ -262,9 +262,9 @@ class Run:
 
     def _packed(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         optimizer, plain = state.pack_optimizer(self.optimizer)
-        parts = {"model": self.model.state_dict(), "optimizer": optimizer}
+        parts = {"model": state.pack_model(self.model), "optimizer": optimizer}
         if self.ema is not None:
-            parts["average"] = self.ema.model.state_dict()
+            parts["average"] = state.pack_model(self.ema.model)
         if self.taps is not None:
             parts["taps"] = self.taps.stays
         tensors = {
@@ -289,10 +289,10 @@ class Run:
         for name, tensor in tensors.items():
             part, _, inner = name.partition(".")
             parts[part][inner] = tensor
-        self.model.load_state_dict(parts["model"])
+        state.unpack_model(self.model, parts["model"])
         state.unpack_optimizer(self.optimizer, parts["optimizer"], facts["optimizer"])
         if self.ema is not None:
-            self.ema.model.load_state_dict(parts["average"])
+            state.unpack_model(self.ema.model, parts["average"])
             self.ema.updates = facts["averaged"]
         if self.taps is not None:
             self.taps.restore(parts["taps"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
+import torch
 from torch import nn
 
 from thinet.errors import ModelError
@@ -28,15 +27,27 @@ def from_scratch(model: nn.Module, *, seed: int = 0) -> nn.Module:
     fresh = copied(model)
     with seeded("scratch", seed):
         for path, module in named_modules(fresh).items():
-            own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+            own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+            before = [p.detach().clone() for p in own]
             draw = getattr(module, "reset_parameters", None) or getattr(
                 module, "_reset_parameters", None
             )
             if draw is not None:
                 draw()
-            elif any(tensor.requires_grad for tensor in own):
+            elif own:
                 raise ModelError(
                     f"{path or 'the model'} ({type(module).__name__}) has parameters and no "
                     "reset_parameters() that draws them anew; give it one"
+                )
+            drawn = [
+                (old, new)
+                for old, new in zip(before, own, strict=True)
+                if old.ndim > 1 and bool((old != old.flatten()[0]).any())
+            ]
+            if drawn and all(torch.equal(old, new) for old, new in drawn):
+                raise ModelError(
+                    f"the reset_parameters() of {path or 'the model'} ({type(module).__name__}) "
+                    "leaves its weights as they are, as under torch.nn.utils.weight_norm; fold "
+                    "such a norm into the weights first (torch.nn.utils.remove_weight_norm)"
                 )
     return fresh

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from thinet.errors import CheckpointError
+from thinet.paths import named_modules
+from thinet.surgery.apply import named_tensors
 from thinet.whole_file import whole_file
 
 NAME = "training.safetensors"
@@ -65,6 +68,39 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
             f"the training state {path} cannot be read ({error}); delete it, or start over with "
             "resume=False"
         ) from error
+
+
+def pack_model(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of a model by name, those that its `state_dict` leaves out too.
+
+    Raises:
+        CheckpointError: a module keeps more than tensors.
+    """
+    for path, module in named_modules(model).items():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{path or 'the model'} ({type(module).__name__}) keeps a state that is no tensor "
+                "(get_extra_state), which a training state does not hold; train without a "
+                "checkpoint"
+            )
+    return dict(named_tensors(model))
+
+
+@torch.no_grad()
+def unpack_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a model of the same tensors those of `pack_model`.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    own = dict(named_tensors(model))
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise CheckpointError(
+            "the training state holds other tensors than the model has; start over with "
+            "resume=False"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
