@@ -493,3 +493,59 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
     assert "or --start-over to start over" in err and "resume" not in err
     code, _, err = thin(*command[3:], "3", "--lr", "0.5", "--start-over")
     assert code == 0 and "going on" not in err and "epoch 1 of 3: " in err
+
+
+def test_a_folder_of_the_users_own_beside_the_output_stays(thin: Run, work: Path) -> None:
+    own = work / "kept.safetensors.run"
+    own.mkdir()
+    (own / "notes.txt").write_text("precious")
+    code, _, err = thin("finetune", *MODEL, "images", "--epochs", "1", "--out", "kept.safetensors")
+    assert code == 0, err
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    (work / "step.safetensors.run").mkdir()
+    (work / "step.safetensors.run" / "step-by-step.txt").write_text("mine")
+    code, _, err = thin(
+        "iterate", *MODEL, "images", "--keep", "0.5", "--images", "12",
+        "--scale", "0.1", "--out", "step.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    left = [path.name for path in (work / "step.safetensors.run").iterdir()]
+    assert left == ["step-by-step.txt"]
+
+
+def test_one_name_for_two_pages_is_refused(thin: Run) -> None:
+    code, _, err = thin("inspect", *MODEL, "--html", "x.html", "--report", "x.html")
+    assert code == 2 and "--html and --report are both x.html" in err
+
+
+def test_code_that_ends_the_program_is_an_error(thin: Run, work: Path) -> None:
+    (work / "ends.py").write_text(
+        "import sys, torch\n"
+        "class Ends(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        sys.exit(5)\n"
+        "def build():\n"
+        "    return Ends()\n"
+    )
+    code, out, err = thin("inspect", "ends.py:build", "--json")
+    assert code == 2 and "sys.exit(5)" in err
+    assert json.loads(out)["error"]["type"] == "SystemExit"
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        ({"input_size": 32}, "`input_size` is (3, height, width)"),
+        ({"mean": 0.5}, "`mean` and `std` are three numbers each"),
+        ({"input_size": (3, 8, 16)}, "asks for images of 8 x 16; images are made square"),
+    ],
+)
+def test_what_a_model_says_of_its_images_is_checked(
+    cfg: dict[str, Any], words: str, thin: Run, work: Path
+) -> None:
+    (work / "said.py").write_text(
+        f"{NET}\nplain = build\ndef build():\n    model = plain()\n"
+        f"    model.default_cfg = {cfg!r}\n    return model\n"
+    )
+    code, _, err = thin("inspect", "said.py:build")
+    assert code == 2 and words in err

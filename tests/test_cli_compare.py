@@ -291,3 +291,55 @@ def test_the_same_network_from_scratch(thin: Run, work: Path) -> None:
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert weights[2].shape == weights[0].shape
     assert not torch.allclose(weights[0], weights[2], atol=1e-2)
+
+
+def test_cells_do_not_depend_on_the_others_that_are_asked_for(thin: Run, work: Path) -> None:
+    arguments = (*COMPARE, "--keep", "0.5", "--loss-aware")
+    assert thin(*arguments, "--criteria", "thinet", "--out", "alone")[0] == 0
+    code, _, err = thin(*arguments, "--criteria", "thinet,taylor", "--out", "alone")
+    assert code == 0, err
+    assert thin(*arguments, "--criteria", "taylor,thinet", "--out", "both")[0] == 0
+    found = [
+        {
+            cell["criterion"]: (cell["top1"], cell["loss"])
+            for cell in map(json.loads, (work / name / "cells.jsonl").read_text().splitlines())
+        }
+        for name in ("alone", "both")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 2
+    facts = json.loads((work / "both" / "report.json").read_text())["facts"]
+    assert facts["labels"] == "those of the calibration folder"
+    assert facts["calibration"] == "12 images of images"
+    assert "crop" not in facts and facts["widths"] == "by error, divisor 8"
+
+
+def test_labels_are_asked_for_by_what_a_criterion_reads_and_not_by_its_name(
+    thin: Run, work: Path
+) -> None:
+    (work / "graded.py").write_text(
+        f"{NET}\n"
+        "from thinet.criteria.base import by_score, criterion\n"
+        "for name in ('graded', 'taylored'):\n"
+        "    criterion(name, needs={'taylor'})(lambda stats: by_score(stats, stats.taylor))\n"
+    )
+    arguments = ("compare", "graded.py:build", *COMPARE[2:], "--keep", "0.5")
+    code, _, err = thin(*arguments, "--criteria", "graded,taylored", "--out", "graded")
+    assert code == 0, err
+    lines = (work / "graded" / "cells.jsonl").read_text().splitlines()
+    one, other = ((cell["top1"], cell["loss"]) for cell in map(json.loads, lines))
+    assert one == other
+    draw(work / "flat", classes=1, each=8)  # no classes to read
+    code, _, err = thin(
+        "prune", "net.py:build", "--size", "8", "--calibration", "flat", "--images", "8",
+        "--keep", "0.5", "--criterion", "taylor", "--out", "flat.safetensors", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+
+
+def test_reports_of_something_else_are_not_written_over(thin: Run, work: Path) -> None:
+    (work / "mine").mkdir()
+    (work / "mine" / "report.json").write_text("mine")
+    code, _, err = thin(*COMPARE, "--keep", "0.5", "--criteria", "l2", "--out", "mine")
+    assert code == 2 and "report.json exists" in " ".join(err.split())
+    assert (work / "mine" / "report.json").read_text() == "mine"
+    assert sorted(path.name for path in (work / "mine").iterdir()) == ["report.json"]

@@ -476,3 +476,20 @@ def test_validation_data_that_differ_late_are_refused(tmp_path: Path) -> None:
     images[-1] = (images[-1][0] + 1, images[-1][1])
     with pytest.raises(CheckpointError, match="evaluation data all batches was"):
         compared(tmp_path, validation=images, **options)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "draft.txt").write_text("thesis")
+    options = {"criteria": ("random",), "budgets": BUDGET, **QUICK}
+    with pytest.raises(CheckpointError, match="holds cells.jsonl or unfinished without a settings"):
+        compared(tmp_path, **options)
+    assert (tmp_path / "unfinished" / "draft.txt").read_text() == "thesis"
+    folder = tmp_path / "run"
+    compared(folder, **options)
+    (folder / SETTINGS).unlink()
+    lines = (folder / CELLS).read_bytes()
+    with pytest.raises(CheckpointError, match="without a settings.json"):
+        compared(folder, **options)
+    assert (folder / CELLS).read_bytes() == lines
+    assert len(compared(folder, resume=False, **options).cells) == 1

@@ -242,3 +242,13 @@ def test_a_model_that_masks_with_infinities_is_exported(tmp_path: Path) -> None:
     assert bool(Masked()(x).isinf().any())
     to_exported_program(Masked(), x, tmp_path / "masked.pt2")
     assert (tmp_path / "masked.pt2").exists()
+
+
+def test_a_model_of_no_finite_number_and_no_model_at_all_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    nn.init.constant_(model[1].weight, float("nan"))
+    with pytest.raises(ExportError, match="output 0 of the model itself holds no finite number"):
+        to_exported_program(model, torch.randn(3, 3, 2, 2), tmp_path / "nan.pt2")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OptionError, match=r"the model is a torch.nn.Module; got str"):
+        to_onnx("model", torch.randn(3, 3, 2, 2), tmp_path / "m.onnx")  # type: ignore[arg-type]

@@ -535,3 +535,21 @@ def test_labels_of_any_whole_type(dtype: torch.dtype) -> None:
 def test_options_of_another_type(text: str, fault: str) -> None:
     with pytest.raises(OptionError, match=fault):
         FinetuneConfig.from_json(text)
+
+
+def test_a_last_step_that_destroys_the_network_is_told(tmp_path: Path) -> None:
+    config = FinetuneConfig(lr=1e30, schedule="constant")
+    data = [(x.float(), y) for x, y in batches(1)]
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(TrainingError, match="no longer gives finite logits"):
+        finetune(model, data, epochs=1, config=config, checkpoint=tmp_path)
+    _, facts = state.read(tmp_path) or ({}, {})
+    assert facts["step"] == 0  # what is kept is of before
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    with pytest.raises(OptionError, match="config is a FinetuneConfig; got dict"):
+        finetune(net(), batches(), epochs=1, config={"lr": 1})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"the model is a torch.nn.Module; got str"):
+        finetune(net(), batches(), epochs=1, teacher="dense")  # type: ignore[arg-type]

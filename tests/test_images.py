@@ -168,3 +168,19 @@ def test_normalising_by_hand() -> None:
 def test_options_out_of_range(options: Any, text: str) -> None:
     with pytest.raises(OptionError, match=text):
         Preprocess(**options)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([[0.0, np.nan]], np.float32), ([[0.0, 128.0]], np.float32), ([[-0.5, 1.0]], np.float32),
+        ([[0, 70000]], np.int32), ([[-1, 5]], np.int32),
+    ],
+)  # fmt: skip
+def test_numbers_off_their_scale_are_corrupt_and_not_black_or_white(
+    tmp_path: Path, values: Any, kind: Any
+) -> None:
+    Image.fromarray(np.array(values, dtype=kind)).save(tmp_path / "odd.tif")
+    found = decode(tmp_path / "odd.tif")
+    assert isinstance(found, Corrupt)
+    assert "are not all on the scale 0.." in found.reason

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -80,7 +81,10 @@ def test_a_report_survives_json() -> None:
     [
         ({}, "not a report of thinet: it has no 'title'"),
         ({"title": "t", "networks": [{"name": "a"}]}, "missing 2 required"),
-        ({"title": "t", "networks": [{"name": "a", "macs": "9", "params": 1}]}, "'9' for a number"),
+        (
+            {"title": "t", "networks": [{"name": "a", "macs": "9", "params": 1}]},
+            "'a' has '9' for macs",
+        ),
         ({"title": "t", "groups": 3}, "not iterable"),
         ({"title": "t", "chosen": "x"}, "no network 'x' in the report"),
     ],
@@ -205,3 +209,26 @@ def test_the_terminal_shows_all_in_eighty_columns() -> None:
     for words in ("thinet", "97.0%", "4.00x", "conv2", "locked  fc: output of the model <logits>"):
         assert words in shown
     assert "█" * 10 + "·" * 10 in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"networks": [{"name": "a", "macs": None, "params": 1}]}, "'a' has None for macs"),
+        ({"networks": [{"name": 3, "macs": 1, "params": 1}]}, "3 has 3 for name"),
+        (
+            {"networks": [{"name": "a", "macs": 1, "params": 1, "curve": [0.5, "x"]}]},
+            "'a' has 'x' for curve",
+        ),
+        (
+            {"networks": [{"name": "a", "macs": 1, "params": 1, "top1": float("inf")}]},
+            "'a' has inf for top1",
+        ),
+        ({"groups": [{"name": "g", "channels": "8"}]}, "'g' has '8' for channels"),
+        ({"groups": [{"name": "g", "channels": True}]}, "'g' has True for channels"),
+        ({"groups": [{"name": "g", "channels": 8, "locked": 1}]}, "'g' has 1 for locked"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=f"not a report of thinet: {re.escape(words)}"):
+        from_dict({"title": "t", **change})

@@ -142,7 +142,7 @@ def test_methods_survive_json() -> None:
     assert from_dict(json.loads(json.dumps(to_dict(FULL)))) == FULL
     broken = to_dict(FULL)
     broken["points"][0]["top1"]["mean"] = "much"
-    with pytest.raises(OptionError, match="'thinet, full, keep=0.7' has 'much' for a number"):
+    with pytest.raises(OptionError, match="'thinet, full, keep=0.7' has 'much' for mean"):
         from_dict(broken)
 
 
@@ -173,5 +173,5 @@ def test_a_comparison_becomes_a_report() -> None:
         "l2: conv: by weight sum",
     )
     assert (report.networks, report.points) == (
-        (Network("dense", 10, 8, top1=0.9),), Comparison(dense, cells).points
+        (Network("dense", 10, 8, top1=0.9, top5=0.99),), Comparison(dense, cells).points
     )  # fmt: skip

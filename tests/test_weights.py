@@ -130,3 +130,17 @@ def test_what_a_module_keeps_beside_tensors_is_none_of_the_file(tmp_path: Path) 
     save_file(dict(other.state_dict()), tmp_path / "w.safetensors")
     load_weights(model, tmp_path / "w.safetensors")
     assert torch.equal(model.weight, other.weight)
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    kept = model.weight.clone()
+    whole = {name: (tensor * 100).to(torch.int8) for name, tensor in model.state_dict().items()}
+    save_file(whole, tmp_path / "int8.safetensors")
+    with pytest.raises(
+        ModelError, match=r"another kind of number: bias \(int8 in the file, float32"
+    ):
+        load_weights(model, tmp_path / "int8.safetensors")
+    assert torch.equal(model.weight, kept)
+    with pytest.raises(CheckpointError, match="is a folder; give the weights file in it"):
+        read_weights(tmp_path)

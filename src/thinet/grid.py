@@ -55,9 +55,6 @@ FAILURES = (
 )
 """What one method can fail at while the others go on."""
 
-READ_LABELS = {"taylor", "taylor_fo"}
-"""Statistics that depend on the targets of the calibration images."""
-
 OnCell = Callable[[Cell, int, int], None]
 """Called with a cell that was finished now, how many are finished, and how many there are."""
 
@@ -229,7 +226,7 @@ class Grid:
 
     def _read_by(self, cell: Cell, drawn: Drawn) -> dict[str, Any]:
         """What identifies all the data that a cell depends on."""
-        asks = not READ_LABELS.isdisjoint(get(cell.criterion).needs)
+        asks = get(cell.criterion).reads_labels
         labels = drawn.labels if asks or self._hears_the_loss(cell) else None
         return {**drawn.facts, "calibration labels": labels}
 

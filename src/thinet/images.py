@@ -177,8 +177,8 @@ def decode(path: Path) -> Image.Image | Corrupt:
     """An image file as 8-bit RGB, whatever it holds.
 
     Grey and palette images become RGB, transparency is dropped, 16-bit values are divided by 257,
-    float images are taken on the scale 0..1. Stored orientation (EXIF) is not applied, as in
-    torchvision, so that figures agree with published ones.
+    float images are taken on the scale 0..1; what lies outside is corrupt. Stored orientation
+    (EXIF) is not applied, as in torchvision, so that figures agree with published ones.
     """
     library = _pil()
     try:
@@ -196,8 +196,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64) * (255.0 if image.mode == "F" else 1 / 257)
-        grey = np.rint(grey.clip(0, 255)).astype(np.uint8)
+        values = np.asarray(image).astype(np.float64)
+        most = 1.0 if image.mode == "F" else 65535.0
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > most:
+            raise ValueError(
+                f"its numbers ({values.min():g} to {values.max():g}) are not all on the scale "
+                f"0..{most:g} of {'float' if image.mode == 'F' else '16-bit'} images"
+            )
+        grey = values * (255.0 / most)
+        grey = np.rint(grey).astype(np.uint8)
         return _pil().fromarray(grey).convert("RGB")
     if image.mode in ("P", "PA"):
         return image.convert("RGBA").convert("RGB")

@@ -54,12 +54,17 @@ class Journal:
         settings, cells = self.folder / SETTINGS, self.folder / CELLS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                settings.unlink(missing_ok=True)
             tidy(self.folder, SETTINGS)
-            if not settings.exists():
+            if resume and not settings.exists() and (cells.exists() or self.unfinished.exists()):
+                raise CheckpointError(
+                    f"{self.folder} holds {CELLS} or {self.unfinished.name} without a {SETTINGS} "
+                    "that says what they are of; give another folder, or resume=False to remove "
+                    "them and start over"
+                )
+            if not resume or not settings.exists():
                 cells.unlink(missing_ok=True)
                 self.clear()
+                settings.unlink(missing_ok=True)  # last: without it the others are nobody's
                 return None, []
             return self._facts(settings), self._lines(cells)
         except OSError as error:

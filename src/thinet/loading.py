@@ -65,7 +65,9 @@ class Loader:
     ) -> None:
         at_least("batch_size", batch_size, 1)
         if not 0 <= max_corrupt < 1:
-            raise OptionError(f"max_corrupt is a fraction in 0 .. 1, got {max_corrupt}")
+            raise OptionError(
+                f"max_corrupt is a fraction, at least 0 and below 1, got {max_corrupt}"
+            )
         if workers is not None:
             at_least("workers", workers, 1)
         self.folder = folder
@@ -133,7 +135,8 @@ class Loader:
         """What decides the batches, as plain data: two loaders that agree here give the same."""
         folder, listing = self.folder, self.folder.listing
         names = [path.relative_to(listing.root).as_posix() for path in listing.paths]
-        digest = hashlib.blake2b(repr((names, listing.labels)).encode(), digest_size=16)
+        sizes = [path.stat().st_size for path in listing.paths]  # other pictures of the same name
+        digest = hashlib.blake2b(repr((names, sizes, listing.labels)).encode(), digest_size=16)
         augmentation = [folder.crop, folder.flip, folder.padding] if folder.train else None
         if self.mirror:
             augmentation = ["every second mirrored"]

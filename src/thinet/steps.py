@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,14 @@ class Position:
     phase: Phase = "trained"
     records: tuple[StepRecord, ...] = ()
     pending: Mapping[str, Any] | None = None
+
+
+def forget(folder: Path) -> None:
+    """Remove the state in a folder, and the folder if nothing else is in it."""
+    (folder / NAME).unlink(missing_ok=True)
+    Store(folder, {})._tidy(Position())
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class Store:
@@ -164,9 +173,9 @@ class Store:
         if position.phase == "cut":
             current.add(self.training_path(position.step))
         tidy(self.folder, "step")
-        for path in self.folder.glob("step-*"):
+        for path in self.folder.glob("step-[0-9][0-9][0-9]-*.safetensors"):
             if path not in current:
                 path.unlink(missing_ok=True)
-        for path in self.folder.glob("training-*"):
+        for path in self.folder.glob("training-[0-9][0-9][0-9]"):
             if path not in current:
                 shutil.rmtree(path, ignore_errors=True)

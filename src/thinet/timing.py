@@ -68,6 +68,8 @@ def latencies(
         OptionError: `seconds` is not above zero, or a model is no module.
         ModelError: a model does not run on the inputs.
     """
+    if not isinstance(models, Mapping):
+        raise OptionError(f"models are a dict of names and modules; got {type(models).__name__}")
     for model in models.values():
         check_model(model)
     if not seconds > 0:

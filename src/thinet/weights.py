@@ -38,9 +38,14 @@ def load_weights(model: nn.Module, path: str | Path, what: str = "the model") ->
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
     ]
+    other = [
+        f"{name} ({_type(tensor)} in the file, {_type(own[name])} in the model)"
+        for name, tensor in weights.items()
+        if name in own and tensor.is_floating_point() != own[name].is_floating_point()
+    ]
     # files of torch before 0.4 have no such counters, and nothing depends on them
     missing = [name for name in missing if not name.startswith(_counters(own))]
-    if missing or unexpected or mismatched:
+    if missing or unexpected or mismatched or other:
         raise ModelError(
             f"the weights in {path} are not those of {what}: "
             + "; ".join(
@@ -49,6 +54,7 @@ def load_weights(model: nn.Module, path: str | Path, what: str = "the model") ->
                     ("missing in the file", missing),
                     ("not in the model", unexpected),
                     ("of another shape", mismatched),
+                    ("of another kind of number", other),
                 )
                 if entries
             )
@@ -68,6 +74,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; give the weights file in it")
         raise CheckpointError(f"there is no weights file {path}")
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     for wrapper in WRAPPERS:
@@ -124,6 +132,10 @@ def _reason(error: Exception) -> str:
     telling = [line for line in lines if "Unsupported" in line or "WeightsUnpickler" in line]
     said = (telling or lines or [""])[0][:160]
     return f"{type(error).__name__}: {said}" if len(said.split()) < 2 else said
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _counters(own: Mapping[str, torch.Tensor]) -> tuple[str, ...]:

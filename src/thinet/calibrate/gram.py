@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _PANEL = 512  # columns of W' W made at a time
+_OUTPUTS = 128  # of a wide consumer looked at together; all its weights in float64 are many
 _ROW_BLOCK = 1 << 23  # entries of the per-output parts made at a time by `gram_rows`
 
 
@@ -176,9 +177,11 @@ class PartSums:
     def _parts(self, name: str, phi: Tensor | float) -> Tensor:
         """(N, units) what the units make of one input."""
         units, count = self._groups[name]
-        columns = _matrix(self._weight).double() * phi
-        by_channel = columns.view(*self._weight.shape[:2], -1).sum(2)
-        return unit_sums(by_channel, units, count)
+        channels, found = self._weight.shape[1], []
+        for columns in _matrix(self._weight).split(_OUTPUTS):
+            parts = (columns.double() * phi).view(len(columns), channels, -1).sum(2)
+            found.append(unit_sums(parts, units, count))
+        return torch.cat(found)
 
 
 def _columns_of_units(units: Tensor, count: int, taps: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     0 done, 1 some cells of a comparison failed (the others are shown), 2 something that the user
     can mend (one message, no traceback), 130 interrupted.
     """
-    from thinet.cli.app import run
-
+    try:
+        from thinet.cli.app import run
+    except KeyboardInterrupt:  # the libraries take a second or more to load
+        raise SystemExit(130) from None
     raise SystemExit(run(arguments))

@@ -64,6 +64,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
             code = app(arguments, prog_name="thinet", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as error:
+        return _fail(
+            "SystemExit",
+            f"the model's code ended the program: sys.exit({error.code!r}); let it raise an error",
+            as_json,
+        )
     except ThinetError as error:
         return _fail(type(error).__name__, str(error), as_json)
     except OSError as error:

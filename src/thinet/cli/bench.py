@@ -24,7 +24,8 @@ def bench(
     classes: options.Classes = None,
     batch: options.Batch = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch. Default: torch's own choice.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads of torch. Default: torch's own choice."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of timed runs for each model.")] = 2.0,
     device: options.Device = None,

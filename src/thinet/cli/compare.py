@@ -9,19 +9,21 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from thinet import __version__
 from thinet import data as folders
 from thinet.augment import Crop
 from thinet.budget import Budget
 from thinet.cells import Cell
 from thinet.cli import console, options
-from thinet.cli.files import check_folder, write_report
+from thinet.cli.files import check_folder, check_output, write_report
 from thinet.cli.folders import check_classes, labelled
 from thinet.cli.inputs import example, pictures, prepared_as, trained, weights_as
 from thinet.compare import compare as side_by_side
-from thinet.criteria import get
 from thinet.errors import OptionError
+from thinet.journal import SETTINGS
 from thinet.prune_options import Repair, Sampling, Widths
 from thinet.report.methods import compared
+from thinet.report.rows import sgd_facts
 from thinet.report.text import counted
 from thinet.train.config import FinetuneConfig, Precision, Schedule
 
@@ -150,9 +152,12 @@ def compare(
     )
     chosen, asked = _words(criteria), _repairs(repairs)
     check_folder(out)
+    if not (out / SETTINGS).exists():  # else they are of this comparison
+        for name in REPORTS:
+            check_output(out / name, force=start_over, suffixes=(Path(name).suffix,))
     named = trained(model, weights, classes=classes, device=device)
-    for name in chosen:  # known before any image is read; the model's file may have added some
-        get(name)
+    # known before any image is read; the model's file may have added some
+    labels = options.asks_labels(chosen, calibration, loss_aware=loss_aware)
     prepared = pictures(named.model, size, mean, std)
     inputs = example(named.model, prepared.size)
     console.keeps(options.goes_on(f"finished cells are kept in {out}", start_over))
@@ -166,12 +171,16 @@ def compare(
         )  # fmt: skip
         notes = check_classes(named.model, inputs, held, shown)
 
+        there: list[int] = []
+
         def drawn(seed: int) -> folders.Loader:
-            return folders.calibration_batches(
+            found = folders.calibration_batches(
                 calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-                resize=prepared.resize, labels=any("taylor" in c for c in chosen),
-                mirror=mirror, max_corrupt=max_corrupt, progress=told,
+                resize=prepared.resize, labels=bool(labels), mirror=mirror,
+                max_corrupt=max_corrupt, progress=told,
             )  # fmt: skip
+            there.append(found.images)
+            return found
 
         tuning: dict[str, Any] = {}
         if shown is not None:
@@ -194,28 +203,35 @@ def compare(
         f"{model}, methods compared",
         (
             ("data", str(data)),
-            ("calibration", options.calibrated(images, calibration, mirror)),
+            ("calibration", options.calibrated(max(there, default=images), calibration, mirror)),
+            *options.labelled_by(labels),
             ("weights", weights_as(weights)),
             ("pictures", prepared_as(named.model, prepared, size, mean, std)),
             (
                 "fine-tuning",
                 f"{counted(epochs, 'epoch')} on {train}, lr {lr:g}" if train else "none",
             ),
-            *options.cut_as(only, skip), ("sampling", sampling), ("crop", crop),
+            *((("crop", crop), *sgd_facts(config, batch)) if train else ()),
+            *options.cut_as(only, skip), ("sampling", sampling),
+            ("widths", f"by {widths}, divisor {divisor}"),
             ("teacher", "the dense network" if distill else "none"),
             ("errors of outputs", "weighed by the loss" if loss_aware else "as they are"),
             ("BatchNorm", "re-estimated" if recalibrate else "as it was"),
-            ("seeds", str(seeds)), ("cells", str(out / "cells.jsonl")),
+            ("seeds", str(seeds)), ("thinet", __version__),
+            ("cells", str(out / "cells.jsonl")),
         ),
     )  # fmt: skip
     report = replace(report, notes=(*notes, *report.notes))
-    for name in ("report.html", "report.json"):
+    for name in REPORTS:
         write_report(report, out / name)
     console.show(report, as_json=as_json, extra=result.to_dict())
     if not as_json:
         console.say(f"\nwrote {out / 'report.html'}")
     if result.failed:
         raise typer.Exit(1)
+
+
+REPORTS = ("report.html", "report.json")
 
 
 class _Teller:

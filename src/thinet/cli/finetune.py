@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +35,7 @@ from thinet.train.finetune import finetune as train
 from thinet.train.group_sparsity import GroupSparsity
 from thinet.train.processes import current
 from thinet.train.scratch import from_scratch
+from thinet.train.state import forget
 from thinet.types import Progress
 
 
@@ -194,7 +194,7 @@ def finetune(
     save(out, tuned, plan)
     console.say(f"wrote {out}")
     if state is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget(folder)
     shown = Report(
         title=f"{model}, fine-tuned",
         networks=(

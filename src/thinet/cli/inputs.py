@@ -18,6 +18,8 @@ from thinet.images import Preprocess
 from thinet.models import resolve
 from thinet.plan import Plan
 
+NUMBERS = ("mean", "std")
+
 
 @dataclass(frozen=True)
 class Named:
@@ -108,10 +110,23 @@ def pictures(model: nn.Module, size: int | None, mean: str | None, std: str | No
         OptionError: a number is out of its range.
     """
     own, usual = _own(model), Preprocess()
+    try:
+        _, height, side = map(int, own.get("input_size", (3, usual.size, usual.size)))
+        says = {name: tuple(map(float, own.get(name, getattr(usual, name)))) for name in NUMBERS}
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"the model's default_cfg says {own!r}; `input_size` is (3, height, width), `mean` and "
+            f"`std` are three numbers each ({error})"
+        ) from error
+    if size is None and height != side:
+        raise OptionError(
+            f"the model's default_cfg asks for images of {height} x {side}; images are made "
+            "square here: say how large with --size"
+        )
     return Preprocess(
-        size=int(own.get("input_size", (3, usual.size, usual.size))[-1]) if size is None else size,
-        mean=triple("mean", mean) or tuple(own.get("mean", usual.mean)),
-        std=triple("std", std) or tuple(own.get("std", usual.std)),
+        size=side if size is None else size,
+        mean=triple("mean", mean) or says["mean"],  # pyright: ignore[reportArgumentType]
+        std=triple("std", std) or says["std"],  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -142,6 +157,11 @@ def _own(model: nn.Module) -> dict[str, Any]:
 
 def example(model: nn.Module, size: int, *, batch: int = 1) -> torch.Tensor:
     """A batch (batch, 3, size, size) of noise, the same each time, on the model's device."""
-    noise = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        noise = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        raise OptionError(
+            f"images of {size} x {size} do not fit into memory, {batch} at a time: {error}"
+        ) from error
     first = next(model.parameters(), noise)
     return noise.to(first.device)

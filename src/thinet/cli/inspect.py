@@ -11,6 +11,7 @@ from thinet.cli import console, options
 from thinet.cli.files import REPORTS, check_output, write_report, write_text
 from thinet.cli.inputs import example, network, pictures
 from thinet.count import count
+from thinet.errors import OptionError
 from thinet.report import coupling_html
 from thinet.report.coupling import coupling
 from thinet.report.data import Network, Report
@@ -46,6 +47,8 @@ def inspect(
         check_output(html, force=force, suffixes=(".html",))
     if report is not None:
         check_output(report, force=force, suffixes=REPORTS)
+        if html is not None and html.resolve() == report.resolve():
+            raise OptionError(f"--html and --report are both {html}; give two names")
 
     named = network(model, weights, classes=classes, device="cpu")
     side = pictures(named.model, size, None, None).size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from thinet.recipes.recipe import Recipe
 from thinet.report.data import Group, Network, Report
 from thinet.report.rows import sgd_facts
 from thinet.report.text import counted
-from thinet.steps import StepRecord
+from thinet.steps import StepRecord, forget
 from thinet.trace.analyse import find_groups
 from thinet.train.config import FinetuneConfig, Precision
 from thinet.train.evaluate import evaluate
@@ -134,6 +133,7 @@ def iterate(
         asked["recipe"] = resolve(recipe, named.model, inputs, keep=keep)
         del asked["keep"]
     before = count(named.model, inputs)
+    labels = options.asks_labels([criterion], calibration or data, loss_aware=False)
     console.keeps(options.goes_on(f"the run's state is kept in {folder}", start_over))
     with console.progress() as told:
         train = labelled(
@@ -145,7 +145,7 @@ def iterate(
         )
         batches = folders.calibration_batches(
             calibration or data, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror,
+            resize=prepared.resize, labels=bool(labels), mirror=mirror,
             max_corrupt=max_corrupt, progress=told,
         )  # fmt: skip
         notes = check_classes(named.model, inputs, train, held or None, batches)
@@ -160,11 +160,12 @@ def iterate(
         return  # of several processes one writes and reports
     save(out, result.model, (named.plan or Plan()).then(result.plan))
     if state is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget(folder)
     console.say(f"wrote {out}")
     facts = (
         ("recipe", result.recipe.name), *options.cut_as(only, skip),
-        ("criterion", criterion), ("repair", repair), ("weights", weights_as(weights)),
+        ("criterion", criterion), *options.labelled_by(labels),
+        ("repair", repair), ("weights", weights_as(weights)),
         ("teacher", "the dense network" if distill else "none"), ("data", str(data)),
         ("validation", str(validation or "none")),
         ("sampling", sampling),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from thinet.budget import Budget
+from thinet.criteria import get
 from thinet.errors import OptionError
+from thinet.images import find_images
 
 ModelName = Annotated[
     str,
@@ -106,7 +108,8 @@ LossAware = Annotated[
     typer.Option(
         "--loss-aware",
         help="Choose channels and widths by what their loss costs the network's loss, to second "
-        "order; labels are drawn from the model's own answers.",
+        "order; by the labels of the calibration folder, or where it has none by labels drawn from "
+        "the model's own answers.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
@@ -213,6 +216,26 @@ def goes_on(what: str, start_over: bool) -> str:
 def calibrated(images: int, folder: Path, mirror: bool) -> str:
     """For a report: what was calibrated on."""
     return f"{images} images of {folder}" + (", every second one mirrored" if mirror else "")
+
+
+def asks_labels(criteria: Iterable[str], calibration: Path, *, loss_aware: bool) -> bool | None:
+    """Whether labels are read, and are there: None where nothing asks for them.
+
+    Raises:
+        OptionError: there is no criterion of such a name.
+        DataError: the folder is missing or holds no images.
+    """
+    asks = [get(name).reads_labels for name in criteria]
+    if not (loss_aware or any(asks)):
+        return None
+    return find_images(calibration).labels is not None
+
+
+def labelled_by(labels: bool | None) -> tuple[tuple[str, str], ...]:
+    """For a report: whose labels were read, where any were."""
+    if labels is None:
+        return ()
+    return (("labels", "those of the calibration folder" if labels else "the model's own answers"),)
 
 
 def cut_as(only: Sequence[str] | None, skip: Sequence[str] | None) -> tuple[tuple[str, str], ...]:

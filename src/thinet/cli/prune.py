@@ -188,6 +188,7 @@ def prune(
         asked["analysis"] = analyse(named.model, inputs, **freed)
         groups = select_groups(asked["analysis"].groups, asked["only"], asked["skip"])
         check_names("--width", asked["fixed"], groups)
+    labels = options.asks_labels([criterion], calibration, loss_aware=loss_aware)
     plan, before, after = named.plan or Plan(), None, None
     with console.progress() as told:
         held = data and labelled(
@@ -195,7 +196,7 @@ def prune(
         )
         batches = folders.calibration_batches(
             calibration, images, batch, prepared.size, prepared.mean, prepared.std, seed,
-            resize=prepared.resize, labels="taylor" in criterion, mirror=mirror,
+            resize=prepared.resize, labels=bool(labels), mirror=mirror,
             max_corrupt=max_corrupt, progress=told,
         )  # fmt: skip
         # whether the labels fit is known before the work

@@ -145,6 +145,11 @@ class Criterion:
     needs: frozenset[Need]
     choose: Callable[[GroupStatistics], Order]
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it goes by gradients of the loss, and so by labels where there are some."""
+        return not {"taylor", "taylor_fo"}.isdisjoint(self.needs)
+
     def __call__(self, stats: GroupStatistics) -> Order:
         """Order the units.
 

@@ -99,6 +99,12 @@ def largest_error(
                 f"{shapes[0]}; no file was kept"
             )
         for number, (ours, theirs) in enumerate(zip(wanted, got, strict=True)):
+            if ours.numel() and ours.is_floating_point() and not bool(ours.isfinite().any()):
+                raise ExportError(
+                    f"output {number} of the model itself holds no finite number on a batch of "
+                    f"{batch}, so there is nothing to compare; check its weights and the example "
+                    "inputs. No file was kept"
+                )
             gap = _relative(ours, theirs)
             if not gap <= tolerance:
                 raise ExportError(

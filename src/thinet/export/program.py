@@ -24,6 +24,7 @@ from thinet.export.check import (
     resized,
     written_bytes,
 )
+from thinet.trace.record import check_model
 from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, as_call, call, tensors_in
 
@@ -53,7 +54,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, dynamic_batch: b
 
     Raises:
         ExportError: torch's exporter cannot follow the model; says what it says.
+        OptionError: it is no module.
     """
+    check_model(model)
     size = images_in(example_inputs)
     # torch.export takes a batch of 0 or 1 for a constant
     given = resized(example_inputs, max(size, 2) if dynamic_batch else size)
@@ -66,7 +69,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, dynamic_batch: b
         )
     # the exporter raises errors of many kinds; the message says which model it was
     except Exception as error:
-        hint = "; with dynamic_batch=False the batch stays as it is here" if dynamic_batch else ""
+        fixed = "; with dynamic_batch=False the batch stays as it is here, if that is the reason"
+        hint = fixed if dynamic_batch else ""
         raise ExportError(
             f"torch.export cannot follow {type(model).__name__} ({first_line(error)}){hint}"
         ) from error

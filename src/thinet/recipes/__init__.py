@@ -79,6 +79,8 @@ def resolve(
         raise OptionError(f"keep is the fraction that stays, above 0 and at most 1; got {keep!r}")
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str):
+        raise OptionError(f"a recipe is a name or a Recipe; got {type(recipe).__name__}")
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""

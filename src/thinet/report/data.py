@@ -6,8 +6,9 @@ Accuracies are fractions of 1, latencies milliseconds of one forward pass, costs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from thinet.cells import Point, Spread
@@ -26,6 +27,7 @@ class Network:
         top1: accuracy with no training after the cut, None if it was not measured.
         top1_tuned: accuracy after fine-tuning, None if there was none.
         curve: accuracy after each epoch of fine-tuning.
+        top5: the label among the five likeliest, with no training; None if it was not measured.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Network:
     top1: float | None = None
     top1_tuned: float | None = None
     curve: tuple[float, ...] = ()
+    top5: float | None = None
 
     @property
     def best(self) -> float | None:
@@ -142,8 +145,7 @@ def from_dict(data: Mapping[str, Any]) -> Report:
 def _network(data: Mapping[str, Any]) -> Network:
     values: dict[str, Any] = {**data, "curve": tuple(data.get("curve", ()))}
     network = Network(**values)
-    numbers = (network.macs, network.params, network.latency_ms, network.top1, network.top1_tuned)
-    _check_numbers(network.name, [*numbers, *network.curve])
+    _check_types(network.name, network)
     return network
 
 
@@ -154,7 +156,7 @@ def _group(data: Mapping[str, Any]) -> Group:
         "consumers": tuple(data.get("consumers", ())),
     }
     group = Group(**values)
-    _check_numbers(group.name, (group.channels, group.kept, group.macs, group.params))
+    _check_types(group.name, group)
     return group
 
 
@@ -162,13 +164,23 @@ def _point(data: Mapping[str, Any]) -> Point:
     spreads = {k: Spread(**v) for k, v in data.items() if isinstance(v, Mapping)}
     values: dict[str, Any] = {**data, **spreads}
     point = Point(**values)
-    name = f"{point.method}, {point.budget}"
-    _check_numbers(name, (point.seeds, point.failed, point.seconds, point.macs, point.params))
-    _check_numbers(name, [n for s in spreads.values() for n in (s.mean, s.deviation)])
+    for part in (point, *spreads.values()):
+        _check_types(f"{point.method}, {point.budget}", part)
     return point
 
 
-def _check_numbers(name: str, values: Iterable[object]) -> None:
-    for value in values:
-        if value is not None and not isinstance(value, (int, float)):
-            raise OptionError(f"not a report of thinet: {name!r} has {value!r} for a number")
+TYPES = {
+    "str": (str,), "int": (int,), "float": (int, float), "None": (type(None),), "Spread": (Spread,)
+}  # fmt: skip
+
+
+def _check_types(name: object, made: Any) -> None:
+    """See that the fields hold what they say, finite numbers among them."""
+    for field in fields(made):
+        value, inner = getattr(made, field.name), field.type.removeprefix("tuple[")
+        values = value if isinstance(value, tuple) else (value,)
+        known = tuple(t for name in inner.removesuffix(", ...]").split(" | ") for t in TYPES[name])
+        for one in values:
+            fits = isinstance(one, known) and not isinstance(one, bool)
+            if not fits or (isinstance(one, float) and not math.isfinite(one)):
+                raise OptionError(f"not a report of thinet: {name!r} has {one!r} for {field.name}")

@@ -41,7 +41,7 @@ def compared(comparison: Comparison, title: str, facts: tuple[tuple[str, str], .
             + f". Dense: {percent(dense.top1)} top-1, {percent(dense.top5)} top-5 on "
             f"{dense.images} images."
         ),
-        networks=(Network("dense", dense.macs, dense.params, top1=dense.top1),),
+        networks=(Network("dense", dense.macs, dense.params, top1=dense.top1, top5=dense.top5),),
         points=comparison.points,
         notes=(*_failures(comparison), *_remarks(comparison), *_others(comparison)),
         facts=facts,
@@ -111,7 +111,9 @@ def method_table(report: Report, *, top5: bool = True) -> tuple[list[str], list[
     dense = report.dense
     if dense is not None:
         known = [dense.name, "", amount(dense.macs), amount(dense.params), percent(dense.top1)]
-        rows.insert(0, known + [""] * (len(columns) - len(known)))
+        rest = [percent(dense.top5) if "top-5" in name and "fine" not in name else ""
+                for name, _ in columns[len(known):]]  # fmt: skip
+        rows.insert(0, known + rest)
     return [heading for heading, _ in columns], rows
 
 

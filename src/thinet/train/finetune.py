@@ -56,9 +56,9 @@ def finetune(
     to read): at the start, after each epoch, every `save_every` steps, and on Ctrl-C. Called again
     with the same arguments, a run that ended early goes on where it was. On a CPU, with as many
     processes, its weights are bit for bit those of a run that was never stopped, and a finished run
-    is returned at once. A run is resumed only with what it was started with; of data the batches of
-    a list are compared, the names and labels of a folder, and the first and last batch of a
-    `DataLoader` (of data without numbered batches the first).
+    is returned at once. A run is resumed only with what it was started with; compared are the
+    batches of a list, the names, sizes and labels of a folder's files, and the first and last batch
+    of a `DataLoader` (of data without numbered batches the first).
 
     Args:
         model: gives logits; auxiliary classifiers of GoogLeNet and Inception are trained too.
@@ -82,7 +82,11 @@ def finetune(
         CheckpointError: the folder cannot be written, or holds a run with other arguments.
     """
     check_model(model)
+    if teacher is not None:
+        check_model(teacher)
     config = config or FinetuneConfig()
+    if not isinstance(config, FinetuneConfig):
+        raise OptionError(f"config is a FinetuneConfig; got {type(config).__name__}")
     _check(model, epochs, save_every, teacher, config)
     processes = current(device)
     feed = Feed(data, seed=config.seed, rank=processes.rank, world=processes.world)

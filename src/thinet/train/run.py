@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from thinet.errors import CheckpointError, DataError, TrainingError
+from thinet.observe import evaluating
 from thinet.seeds import seeded
 from thinet.train import state
 from thinet.train.config import FinetuneConfig
@@ -26,6 +27,7 @@ from thinet.train.lock import locked
 from thinet.train.logs import Logs
 from thinet.train.loss import Loss
 from thinet.train.optimizer import copied
+from thinet.train.outputs import logits_of, output_of
 from thinet.train.processes import Processes
 from thinet.train.schedule import learning_rate
 from thinet.types import Progress
@@ -85,6 +87,7 @@ class Run:
         self.lr = 0.0
         self.sums = [0.0, 0.0, 0.0, 0.0]  # loss, right, images, seconds of this epoch
         self.history: list[EpochRecord] = []
+        self._last: torch.Tensor | None = None  # images of the last step
 
     def open(self, folder: Path, identity: Callable[[], dict[str, Any]], resume: bool) -> None:
         """Take up the run in the folder, or begin one there. The main process decides which.
@@ -158,6 +161,7 @@ class Run:
                     if stopping:
                         raise KeyboardInterrupt
                 self._check_weights()
+                self._check_answers()
                 record = self._end_epoch(validation, began)
                 logs.add(record, self.epoch * self.steps)
                 self.save()
@@ -179,6 +183,7 @@ class Run:
                 if len(images) == 0:
                     continue
                 loss, right = self.loss(self.model, images, labels, f"batch {batch}")
+                self._last = images.to(self.processes.device)
                 total = loss * len(images)
                 self.scaler.scale(total).backward()
                 for index, value in enumerate((float(total.detach()), right, len(images))):
@@ -245,6 +250,19 @@ class Run:
                 f"{bad} is no longer finite after step {self.step} of epoch {self.epoch + 1}; "
                 f"lower the learning rate (peak {self.config.lr:g}) or clip the gradient."
                 + self._what_is_kept()
+            )
+
+    def _check_answers(self) -> None:
+        """The last update of an epoch may be what destroys a network: no loss is asked after it."""
+        if self._last is None or self.epoch + 1 < self.epochs:
+            return
+        with evaluating(self.model), torch.no_grad():
+            logits = logits_of(output_of(self.model, self._last, "the last batch"))
+        if not bool(logits.isfinite().all()):
+            raise TrainingError(
+                f"after its last step, {self.steps} of epoch {self.epoch + 1}, the network no "
+                f"longer gives finite logits; lower the learning rate (peak {self.config.lr:g}) or "
+                f"clip the gradient.{self._what_is_kept()}"
             )
 
     def _what_is_kept(self) -> str:

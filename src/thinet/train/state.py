@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
             f"the training state {path} cannot be read ({error}); delete it, or start over with "
             "resume=False"
         ) from error
+
+
+def forget(folder: Path) -> None:
+    """Remove the state in a folder, and the folder if nothing else is in it."""
+    (folder / NAME).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def pack_model(model: nn.Module) -> dict[str, torch.Tensor]:
