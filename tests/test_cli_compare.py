@@ -314,8 +314,9 @@ def test_cells_do_not_depend_on_the_others_that_are_asked_for(thin: Run, work: P
 
 
 def test_labels_are_asked_for_by_what_a_criterion_reads_and_not_by_its_name(
-    thin: Run, work: Path
+    thin: Run, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
     (work / "graded.py").write_text(
         f"{NET}\n"
         "from thinet.criteria.base import by_score, criterion\n"

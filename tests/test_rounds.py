@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import thinet
 from tests.nets import PlainVGG
@@ -142,3 +143,18 @@ def test_a_group_fixed_at_one_channel_is_left_alone_by_the_second_round() -> Non
     assert first.error is not None and first.error > 0
     only_first = narrow(0.3, fixed={"0": 1}, rounds=2)  # reached by the first round alone
     assert not only_first.report.notes and only_first.report.reached < 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": thinet.Budget(macs=0.5), "widths": "uniform"},
+        {"budget": thinet.Budget(keep=0.5)},
+        {"budget": thinet.Budget(macs=0.5), "sampling": "paper", "criterion": "thinet"},
+    ],
+)
+def test_rounds_that_would_do_nothing_are_refused(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(OptionError, match="rounds are steps of a budget that is shared out by err"):
+        thinet.prune(model, x, [x], rounds=2, **options)

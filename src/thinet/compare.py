@@ -127,7 +127,10 @@ def _several(name: str, given: Sequence[Any]) -> Sequence[Any]:
         raise OptionError(f"{name} is a list of at least one; got {given!r}")
     twice = [value for i, value in enumerate(given) if value in given[:i]]
     if twice:
-        raise OptionError(f"{name}: {twice[0]!r} is given more than once")
+        one = twice[0]
+        plain = isinstance(one, Budget) and not one.named
+        shown = f"{one.kind}={one.fraction:g}" if plain else repr(one)
+        raise OptionError(f"{name}: {shown} is given more than once")
     return given
 
 

@@ -136,6 +136,11 @@ def check_budget(budget: object, options: PruneOptions) -> None:
         )
     if budget.kind == "latency" and options.rounds not in (None, 1):
         raise OptionError("rounds are steps of a budget of macs or params, not of latency")
+    if options.rounds not in (None, 1) and not options.by_error(budget):
+        raise OptionError(
+            "rounds are steps of a budget that is shared out by error; with widths='uniform', "
+            "keep= or sampling='paper' leave them out"
+        )
     if options.loss_aware and not options.can_hear_the_loss(budget):
         raise OptionError(
             f"loss_aware weighs errors of outputs, at which criterion {options.criterion!r} does "

@@ -15,7 +15,13 @@ from thinet.report.data import Report, from_dict
 
 
 def report(
-    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What --json printed.")],
+    result: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULT.json",
+            help="What --json of prune, iterate, finetune, compare, inspect or bench printed.",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it as .html, .md or .json.")
     ] = None,
