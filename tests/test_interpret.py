@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import thinet
 from tests.more_nets import (
     AttentionNet,
     DictInputNet,
@@ -416,3 +417,52 @@ def test_a_kernel_that_wants_its_input_in_one_piece_gets_it() -> None:
 
     model, x = randomise(Flat()), torch.randn(2, 3, 4, 4)
     close(Execution(model).run([x])[0], model, x)
+
+
+class Positions(nn.Module):
+    """A linear layer on the positions of a map, which torch views for one image and else copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 2, 2)
+        self.fc, self.out = nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.out(F.relu(self.fc(x))).mean(1)
+
+
+@pytest.mark.parametrize("sizes", [[4, 1, 3], [1, 4, 3], [1, 1, 6]])
+def test_a_batch_of_one_image_goes_the_way_of_the_others(sizes: list[int]) -> None:
+    model, x = randomise(Positions()).eval(), torch.randn(8, 3, 6, 6)
+    batches = list(x.split(sizes))
+    execution = Execution(model)
+    programs = [execution.program(batch) for batch in batches]
+    kinds = [[op.func for op in Execution(model).program(batch).ops] for batch in batches]
+    assert any(kind != kinds[0] for kind in kinds)  # as torch has it
+    for program in programs:
+        names = ("aten.view", "aten._unsafe_view")
+        assert [o.name for o in program.ops] == [o.name for o in programs[0].ops]
+        assert [o.index for o in program.ops] == list(range(len(program.ops)))
+        assert any(o.name in names for o in program.ops)
+    for out, batch in zip(execution.run(batches), batches, strict=True):
+        close(out, model, batch)
+    uneven = thinet.prune(model, x[:1], batches, budget=thinet.Budget(keep=0.5))
+    even = thinet.prune(model, x[:1], [x], budget=thinet.Budget(keep=0.5))
+    assert uneven.plan.keep == even.plan.keep
+    torch.testing.assert_close(uneven.model(x), even.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_does_something_else_for_one_image_is_refused() -> None:
+    class Another(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).tanh() if len(x) == 1 else self.fc(x)
+
+    execution = Execution(Another().eval())
+    execution.program(torch.randn(2, 3))
+    with pytest.raises(CalibrationError, match="takes another way through the model"):
+        execution.program(torch.randn(1, 3))

@@ -19,6 +19,7 @@ from thinet.errors import CalibrationError, TraceError
 from thinet.observe import plain_attention, preserved_rng
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
+from thinet.trace.aligned import aligned
 from thinet.trace.environment import Environment
 from thinet.trace.in_place import IN_PLACE, overwriting
 from thinet.trace.program import Op, Program, Value, values_of
@@ -62,8 +63,10 @@ class Execution:
         )
         if key not in self._programs:
             program = self._recorded(inputs)
-            for first in self._programs.values():
+            for first in list(self._programs.values())[:1]:
                 if [op.func for op in first.ops] != [op.func for op in program.ops]:
+                    program = aligned(program, first)
+                if program is None:
                     raise CalibrationError(
                         f"a calibration batch ({describe(inputs)}) takes another way through the "
                         "model than the first batch; calibrate with batches of one size"
