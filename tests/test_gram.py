@@ -8,6 +8,7 @@ import torch
 from thinet.calibrate import gram as gram_module
 from thinet.calibrate.curvature import weighed
 from thinet.calibrate.gram import (
+    PartSums,
     fold_units,
     gram,
     gram_rows,
@@ -109,3 +110,27 @@ def test_linear_weights_have_one_tap(sampled):
     units = torch.arange(CHANNELS).repeat_interleave(TAPS)
     second = phi.T @ phi
     torch.testing.assert_close(gram(second, flat, units), gram(second, weight))
+
+
+@pytest.mark.parametrize("sizes", [(1, 16), (16, 1), (5, 5, 7)])
+def test_parts_whatever_the_first_batch_is_like(sizes):
+    """Estimates of what varies must not be of what does not."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 4, 2, generator=generator)  # mixed into 256
+    units = torch.tensor([0, 1, -1, 0])
+    phi = torch.randn(17, 8, generator=generator) * 0.1 + 3
+    phi[0] -= 5
+    found = PartSums(weight, [("g", 3, units)], 256)
+    for part in phi.split(sizes):
+        found.add(part, len(part) / 17, generator)
+    parts = torch.einsum("rck,nck->rnc", phi.view(17, 4, 2), weight).double()
+    z = torch.stack([parts[..., 0] + parts[..., 3], parts[..., 1], parts[..., 1] * 0], 2)
+    for made, direct in ((found.gram("g"), z), (found.centred("g"), z - z.mean(0))):
+        want = torch.einsum("rnu,rnv->uv", direct, direct) / 17
+        assert (made - want).norm() < 0.15 * want.norm()
+        assert torch.linalg.eigvalsh(made)[0] > -1e-6 * float(made.diagonal().mean())
+    exact = PartSums(weight, [("g", 3, units)], 400)
+    exact.add(phi, 1.0, generator)
+    varies = z - z.mean(0)
+    want = torch.einsum("rnu,rnv->uv", varies, varies) / 17
+    torch.testing.assert_close(exact.centred("g"), want, rtol=1e-3, atol=1e-2)

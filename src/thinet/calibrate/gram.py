@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _PANEL = 512  # columns of W' W made at a time
-_OUTPUTS = 128  # of a wide consumer looked at together; all its weights in float64 are many
+_OUTPUTS = 128  # of a wide consumer looked at together, whose weights are large
 _ROW_BLOCK = 1 << 23  # entries of the per-output parts made at a time by `gram_rows`
 
 
@@ -124,11 +124,10 @@ def gram_rows(
 
 
 class PartSums:
-    """Streaming moments of the parts that units make of the outputs of a wide consumer.
+    """Streaming moments of the parts z that units make of the outputs of a wide consumer.
 
-    What varies is estimated by random mixtures of the outputs (`gram_rows`) of inputs from which
-    the mean of the first ones is subtracted; the means, which are most of it behind a ReLU, are
-    exact.
+    What varies within a batch is estimated by random mixtures of the outputs (`gram_rows`); the
+    batch's mean, which is most of it behind a ReLU, is taken apart and is exact.
 
     Args:
         weight: (N, C, *kernel), dense over groups.
@@ -141,9 +140,8 @@ class PartSums:
     ) -> None:
         self._weight, self._sketch = weight, sketch
         self._groups = {name: (units, count) for name, count, units in groups}
-        self._shift: Tensor | None = None
-        self._mean: Tensor | float = 0.0
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(self._groups, 0.0)
+        self._second: dict[str, Tensor] = {}
+        self._mean: dict[str, Tensor] = {}
 
     def add(self, phi: Tensor, share: float, generator: torch.Generator) -> None:
         """Add a batch.
@@ -153,34 +151,31 @@ class PartSums:
             share: the batch's part of all.
         """
         phi = phi if phi.dtype == torch.float64 else phi.float()
-        if self._shift is None:
-            self._shift = phi.mean(0)
-        rows = phi - self._shift
-        self._mean += share * rows.mean(0, dtype=torch.float64)
+        mean = phi.mean(0)
         for name, (units, count) in self._groups.items():
-            found = gram_rows(
-                rows, self._weight, units, count, sketch=self._sketch, generator=generator
+            within = gram_rows(
+                phi - mean, self._weight, units, count, sketch=self._sketch, generator=generator
             )
-            self._sums[name] += share / len(rows) * found
-
-    def centred(self, name: str) -> Tensor:
-        """(units, units) the mean of z z' with each part's own mean taken away."""
-        parts = self._parts(name, self._mean)
-        return self._sums[name] - parts.T @ parts
+            parts = self._parts(mean, units, count)
+            second = share * (within / len(phi) + parts.T @ parts)
+            self._second[name] = self._second.get(name, 0) + second
+            self._mean[name] = self._mean.get(name, 0) + share * parts
 
     def gram(self, name: str) -> Tensor:
         """(units, units) the mean of z z': ThiNet's objective."""
-        assert self._shift is not None
-        parts = self._parts(name, self._mean + self._shift)
-        return self.centred(name) + parts.T @ parts
+        return self._second[name]
 
-    def _parts(self, name: str, phi: Tensor | float) -> Tensor:
-        """(N, units) what the units make of one input."""
-        units, count = self._groups[name]
+    def centred(self, name: str) -> Tensor:
+        """(units, units) the same with each part's own mean taken away."""
+        mean = self._mean[name]
+        return self._second[name] - mean.T @ mean
+
+    def _parts(self, phi: Tensor, units: Tensor, count: int) -> Tensor:
+        """(N, units) float64, what the units make of one input."""
         channels, found = self._weight.shape[1], []
         for columns in _matrix(self._weight).split(_OUTPUTS):
-            parts = (columns.double() * phi).view(len(columns), channels, -1).sum(2)
-            found.append(unit_sums(parts, units, count))
+            parts = (columns * phi.to(columns)).view(len(columns), channels, -1).sum(2)
+            found.append(unit_sums(parts.double(), units, count))
         return torch.cat(found)
 
 
