@@ -183,7 +183,7 @@ class Run:
                 if len(images) == 0:
                     continue
                 loss, right = self.loss(self.model, images, labels, f"batch {batch}")
-                self._last = images.to(self.processes.device)
+                self._last = images
                 total = loss * len(images)
                 self.scaler.scale(total).backward()
                 for index, value in enumerate((float(total.detach()), right, len(images))):
@@ -257,7 +257,8 @@ class Run:
         if self._last is None or self.epoch + 1 < self.epochs:
             return
         with evaluating(self.model), torch.no_grad():
-            logits = logits_of(output_of(self.model, self._last, "the last batch"))
+            images = self._last.to(self.processes.device)
+            logits = logits_of(output_of(self.model, images, "the last batch"))
         if not bool(logits.isfinite().all()):
             raise TrainingError(
                 f"after its last step, {self.steps} of epoch {self.epoch + 1}, the network no "
