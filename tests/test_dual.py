@@ -185,6 +185,23 @@ def test_of_too_many_rows_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
     assert errors[512] < errors[64] < off(bare.model, model, images(200, 1))
 
 
+def test_rows_are_drawn_only_where_columns_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batches = randomise(Wide()), images(96, 0)
+    monkeypatch.setattr(dual, "MOST", 64)
+    seen: list[int] = []
+
+    def counted(phi: Tensor, *args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        seen.append(len(phi))
+        return solve_rows(phi, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("thinet.repair.solve_rows", counted)
+    settings = RepairSettings(refine=0)
+    budget = thinet.Budget(keep={"first": 0.75})
+    thinet.prune(model, batches[0], batches, budget=budget, repair_settings=settings)
+    assert seen == [96]  # of `fc`, with 216 columns; the others have more rows than columns
+
+
 def test_a_wide_consumer_shares_in_a_budget_by_error(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batches = randomise(Wide()), images(64, 0)

@@ -339,7 +339,8 @@ class _Pass:
         groups, columns = together[0].geometry.groups, prior.shape[1]
         there = sum(self._rows_there(use, envs) for use in together)
         if groups == 1 and (there < columns or columns > WIDEST):
-            some = min(most_rows(columns) / max(there, 1), 1.0)
+            most = most_rows(columns) if columns > WIDEST else there
+            some = min(most / max(there, 1), 1.0)
             phi, target = _joined([p for use in together for p in self._rows(use, envs, some)])
             phi = phi if phi.dtype == torch.float64 else phi.float()
             check_finite(phi, name, "input")
