@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from thinet.errors import RepairError
-from thinet.lstsq import CONSTANT, PULLS, cholesky, probes
+from thinet.lstsq import CLEARLY, CONSTANT, PULLS, cholesky, probes, validation_score
 
 MOST = 4096
 """Rows of one system at most."""
@@ -69,12 +69,13 @@ def solve_rows(
         target = target - y_mean
     missed = target - phi @ prior.to(phi).T
     spread = phi.square().mean(0, dtype=torch.float64).mean()
-    weight = prior.clone()
     if bool(spread > 0):
         noise = dropout / (1 - dropout) * energy.double()
         pulls = ridge * spread, noise, _LEAST * spread
         change = _validated(phi, missed, *pulls, taken=int(intercept), name=name)
         weight = change.to(prior).add_(prior)  # these may be the model's largest weights
+    else:
+        weight = prior.clone()
     bias = y_mean - weight.to(phi) @ mean if intercept else torch.zeros_like(y_mean)
     if not bool(torch.isfinite(weight.sum()) & torch.isfinite(bias).all()):
         raise RepairError(
@@ -119,9 +120,9 @@ def _validated(
         unknowns, answers = solved.split([missed.shape[1], signs.shape[1]], 1)
         level = level + jitter
         left = rows * float(level**2 * unknowns.square().sum())
-        free = max((float(level * (signs * answers).sum()) - taken) / rows, 1e-6)
-        score = max(left, 1e-12 * energy) / free**2  # below is rounding
-        if score < (1 - 1e-6) * best:  # and so is what differs by less
+        free = (float(level * (signs * answers).sum()) - taken) / rows
+        score = validation_score(left, energy, free)
+        if score < CLEARLY * best:
             best, found = score, (unknowns.to(phi), scale.to(phi))
     unknowns, scale = found
     return unknowns.T @ (phi * scale)

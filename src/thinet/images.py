@@ -203,8 +203,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
                 f"its numbers ({values.min():g} to {values.max():g}) are not all on the scale "
                 f"0..{most:g} of {'float' if image.mode == 'F' else '16-bit'} images"
             )
-        grey = values * (255.0 / most)
-        grey = np.rint(grey).astype(np.uint8)
+        grey = np.rint(values * (255.0 / most)).astype(np.uint8)
         return _pil().fromarray(grey).convert("RGB")
     if image.mode in ("P", "PA"):
         return image.convert("RGBA").convert("RGB")

@@ -23,6 +23,8 @@ PULLS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # times the ridge that was
 
 _ALONE = 2  # rows a column from which the score has one minimum, so that its first rise ends it
 
+CLEARLY = 1 - 1e-6  # of a score: what differs by less is rounding
+
 _PROBES = 64  # random signs that estimate the trace of an inverse, where columns are more
 
 
@@ -197,13 +199,23 @@ def _validated(
         # What is left of the target is left - 2 <change, lost> + <change, system change>, and the
         # system as pulled times the change is lost.
         missed = left - (change * (lost + added * change)).sum()
-        free = max(1 - degrees / rows, 1e-6)
-        score = max(float(missed), 1e-12 * float(left)) / free**2  # below is rounding
-        if score < (1 - 1e-6) * best:  # and so is what differs by less
+        score = validation_score(float(missed), float(left), 1 - degrees / rows)
+        if score < CLEARLY * best:
             best, found = score, change
         elif rows >= _ALONE * len(before):
             break
     return found.clone()  # not a view that keeps the probes' answers
+
+
+def validation_score(missed: float, energy: float, free: float) -> float:
+    """Generalised cross-validation's: what is left over (free degrees of freedom / rows)^2.
+
+    Args:
+        missed: what is left of the target.
+        energy: what the old weights leave of it; below 1e-12 of that is rounding.
+        free: the part of the degrees of freedom that the fit has not used.
+    """
+    return max(missed, 1e-12 * energy) / max(free, 1e-6) ** 2
 
 
 def probes(size: int) -> Tensor:

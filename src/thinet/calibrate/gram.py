@@ -152,9 +152,10 @@ class PartSums:
         """
         phi = phi if phi.dtype == torch.float64 else phi.float()
         mean = phi.mean(0)
+        varies = phi - mean
         for name, (units, count) in self._groups.items():
             within = gram_rows(
-                phi - mean, self._weight, units, count, sketch=self._sketch, generator=generator
+                varies, self._weight, units, count, sketch=self._sketch, generator=generator
             )
             parts = self._parts(mean, units, count)
             second = share * (within / len(phi) + parts.T @ parts)

@@ -63,14 +63,14 @@ class Execution:
         )
         if key not in self._programs:
             program = self._recorded(inputs)
-            for first in list(self._programs.values())[:1]:
-                if [op.func for op in first.ops] != [op.func for op in program.ops]:
-                    program = aligned(program, first)
-                if program is None:
-                    raise CalibrationError(
-                        f"a calibration batch ({describe(inputs)}) takes another way through the "
-                        "model than the first batch; calibrate with batches of one size"
-                    )
+            first = next(iter(self._programs.values()), program)
+            if [op.func for op in first.ops] != [op.func for op in program.ops]:
+                program = aligned(program, first)
+            if program is None:
+                raise CalibrationError(
+                    f"a calibration batch ({describe(inputs)}) takes another way through the "
+                    "model than the first batch; calibrate with batches of one size"
+                )
             self._programs[key] = program
         return self._programs[key]
 

@@ -67,12 +67,11 @@ class Feed:
         """What the data is, to compare with that of a run which is to go on."""
         if isinstance(self._data, Loader):
             return self._data.describe()
-        first, last = [0], [0, self.batches - 1] if self.batches > 1 else [0]
-        looked_at, name = last, "first and last batch"
+        looked_at, name = [0], "first batch"  # the last would take all before it
         if isinstance(self._data, (list, tuple)):
             looked_at, name = list(range(self.batches)), "all batches"
-        elif not (isinstance(self._data, DataLoader) and _has_batches(self._data)):
-            looked_at, name = first, "first batch"  # the last would take all before it
+        elif isinstance(self._data, DataLoader) and _has_batches(self._data):
+            looked_at, name = sorted({0, self.batches - 1}), "first and last batch"
         digest = hashlib.blake2b(digest_size=16)
         for number, batch in zip(looked_at, self._fetched(0, looked_at), strict=True):
             for tensor in _pair(batch, number):

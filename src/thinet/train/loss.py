@@ -48,7 +48,7 @@ class Loss:
             weight = self.config.distill_weight
             softened = distillation(logits, taught, self.config.temperature)
             loss = (1 - weight) * loss + weight * softened
-        for weight, auxiliary in auxiliary_of(output):
+        for weight, auxiliary in auxiliary_of(output, logits):
             loss = loss + weight * self._labels(auxiliary, labels)
         return loss, float((logits.detach().argmax(dim=1) == labels).sum())
 

@@ -48,17 +48,16 @@ def logits_of(output: Any) -> torch.Tensor:
     return found
 
 
-def auxiliary_of(output: Any) -> list[tuple[float, torch.Tensor]]:
+def auxiliary_of(output: Any, logits: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
     """Weights and logits of the auxiliary classifiers of a model in training mode.
 
-    The fields of the output whose names begin with `aux` and that are shaped as its logits: weight
-    0.3 each where there are two (GoogLeNet, Szegedy et al. 2015, section 5), 0.4 for one (Inception
-    v3, as in torchvision).
+    The fields of the output whose names begin with `aux` and that are shaped as its `logits`:
+    weight 0.3 each where there are two (GoogLeNet, Szegedy et al. 2015, section 5), 0.4 for one
+    (Inception v3, as in torchvision).
     """
     names = output._fields if hasattr(output, "_fields") else getattr(output, "__dict__", {})
     heads = [getattr(output, name) for name in names if name.startswith("aux")]
-    shape = logits_of(output).shape if heads else None
-    heads = [head for head in heads if isinstance(head, torch.Tensor) and head.shape == shape]
+    heads = [h for h in heads if isinstance(h, torch.Tensor) and h.shape == logits.shape]
     return [(0.3 if len(heads) > 1 else 0.4, head) for head in heads]
 
 
