@@ -125,7 +125,8 @@ class Wide(nn.Module):
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
-    for module in ("repair", "refine", "calibrate.collect", "calibrate.rows", "calibrate.room"):
+    calibrate = ("calibrate.collect", "calibrate.rows", "calibrate.room")
+    for module in ("repair", "refit", "refine", *calibrate):
         monkeypatch.setattr(f"thinet.{module}.WIDEST", widest)
 
 
@@ -168,7 +169,7 @@ def test_of_too_many_rows_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
         seen.append(len(phi))
         return solve(phi, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("thinet.repair.solve_rows", counted)
+    monkeypatch.setattr("thinet.refit.solve_rows", counted)
     errors = {}
     options = {
         "budget": thinet.Budget(keep={"first": 0.75}),
@@ -195,7 +196,7 @@ def test_rows_are_drawn_only_where_columns_are_too_many(monkeypatch: pytest.Monk
         seen.append(len(phi))
         return solve_rows(phi, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("thinet.repair.solve_rows", counted)
+    monkeypatch.setattr("thinet.refit.solve_rows", counted)
     settings = RepairSettings(refine=0)
     budget = thinet.Budget(keep={"first": 0.75})
     thinet.prune(model, batches[0], batches, budget=budget, repair_settings=settings)

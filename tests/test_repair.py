@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import thinet
 from tests.oracle import randomise
-from thinet import dual
-from thinet import repair as module
+from thinet import dual, refit
 from thinet.calibrate.collect import collect
 from thinet.calibrate.layers import dropouts, find_layers
 from thinet.calibrate.rows import Rows
@@ -617,7 +616,7 @@ def test_layers_that_cannot_be_refitted_are_named_with_the_reason() -> None:
 
 
 def test_convolutions_with_groups_too_wide_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WIDEST", 20)
+    monkeypatch.setattr("thinet.repair.WIDEST", 20)
     model = randomise(nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 3, groups=2)))
     _, report = repaired(model, {"0": [0, 1, 2]}, images())
     assert report == Repaired((), {"2": "its 27 input columns are more than 20"})
@@ -631,14 +630,14 @@ def test_a_system_that_cannot_be_solved_changes_nothing(monkeypatch: pytest.Monk
     plan = make_plan(analysis, model, keep)
     small = apply_to_copy(model, plan)
     before = copy.deepcopy(small)
-    solve = module.solve_full
+    solve = refit.solve_full
 
     def fails(*args: Any, **options: Any) -> Any:
         if options["name"] == "c":
             raise RepairError("c: singular")
         return solve(*args, **options)
 
-    monkeypatch.setattr(module, "solve_full", fails)
+    monkeypatch.setattr(refit, "solve_full", fails)
     with pytest.raises(RepairError, match="c: singular"):
         repair_full(small, plan, seen, [x])
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), before.parameters()))

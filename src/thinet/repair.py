@@ -9,15 +9,12 @@ Where the layer's output is added to a shortcut, it also makes up for what the s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thinet.calibrate.blocks import BlockMoments
 from thinet.calibrate.collect import Observations
 from thinet.calibrate.layers import (
     ROWS_CUT,
@@ -27,24 +24,16 @@ from thinet.calibrate.layers import (
     same_rows,
     trained_names,
 )
-from thinet.calibrate.moments import Moments, check_finite
 from thinet.calibrate.ordering import in_order, shortcut_source
-from thinet.calibrate.patches import (
-    BLOCK,
-    dense_weight,
-    output_rows,
-    position_grid,
-    row_blocks,
-)
+from thinet.calibrate.patches import dense_weight
 from thinet.calibrate.room import leave_room
 from thinet.calibrate.rows import WIDEST
 from thinet.calibrate.statistics import site_gram
-from thinet.calibrate.targets import LayerTargets
 from thinet.calibrate.ways import picks_by_data
-from thinet.dual import most_rows, solve_rows
-from thinet.errors import OptionError, RepairError
-from thinet.lstsq import solve_full, solve_scale
+from thinet.errors import OptionError
+from thinet.lstsq import solve_scale
 from thinet.plan import Plan
+from thinet.refit import Fit, solve
 from thinet.store import Store
 from thinet.surgery.apply import named_tensors
 from thinet.trace.interpret import Environment, Execution, dependencies
@@ -305,14 +294,13 @@ class _Pass:
         tensors, layer = self.execution.tensors, together[0]
         weight = layer.matrix(tensors)
         norm = layer.norm if layer.bias is None and len(together) == 1 else None
-        new, intercept = self._solved(
-            together,
+        new, intercept = solve(
+            [self._fit(use) for use in together],
             envs,
             weight.flatten(1),
             ridge=self.settings.ridge,
             dropout=max(self.dropouts.get(use.x.storage, 0.0) for use in together),
             intercept=layer.bias is not None or norm is not None,
-            name=layer.module or layer.weight,
         )
         tensors[layer.weight] = layer.turned(new.reshape(weight.shape).to(weight)).contiguous()
         for use in together:
@@ -325,121 +313,9 @@ class _Pass:
             mean = tensors[norm.mean]
             tensors[norm.mean] = mean - intercept.flatten().to(mean)
 
-    def _solved(
-        self,
-        together: Sequence[Layer],
-        envs: Sequence[Environment],
-        prior: Tensor,
-        *,
-        name: str,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """New weights and intercept: over the columns, or where they outnumber the rows or are too
-        many for their moments, over the rows."""
-        groups, columns = together[0].geometry.groups, prior.shape[1]
-        there = sum(self._rows_there(use, envs) for use in together)
-        if groups == 1 and (there < columns or columns > WIDEST):
-            most = most_rows(columns) if columns > WIDEST else there
-            some = min(most / max(there, 1), 1.0)
-            phi, target = _joined([p for use in together for p in self._rows(use, envs, some)])
-            phi = phi if phi.dtype == torch.float64 else phi.float()
-            check_finite(phi, name, "input")
-            check_finite(target, name, "output", products=phi.dtype)
-            return solve_rows(phi, target, prior, name=name, **options)
-        where: dict[str, Any] = {"where": name, "device": prior.device}
-        if groups == 1:
-            moments = Moments(columns, len(prior), **where)
-        else:
-            prior = prior.view(groups, -1, columns)
-            moments = BlockMoments(groups, columns, prior.shape[1], **where)
-        for use in together:
-            for phi, target in _merged(self._rows(use, envs)):
-                moments.add(phi, target)
-        return solve_full(
-            moments.second,
-            moments.mean,
-            moments.cross,
-            moments.y_mean,
-            prior,
-            overwrite=True,
-            rows=moments.rows if isinstance(moments, Moments) else None,
-            y_variance=moments.y_variance() if isinstance(moments, Moments) else None,
-            name=name,
-            **options,
-        )
-
-    def _rows_there(self, use: Layer, envs: Sequence[Environment]) -> int:
-        """How many rows of a layer's input are looked at."""
+    def _fit(self, use: Layer) -> Fit:
         targets = self.seen.targets[self.dense[use.op]]
-        return sum(_count(use, env, at) for env, at in zip(envs, targets.positions, strict=True))
-
-    def _rows(
-        self, use: Layer, envs: Sequence[Environment], some: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the layer's input as it is now, and of what it should make of them.
-
-        Args:
-            some: the part of them that is wanted, drawn at random.
-        """
-        targets = self.seen.targets[self.dense[use.op]]
-        generator = torch.Generator().manual_seed(use.op)
-        for number, env in enumerate(envs):
-            target, positions = self._target(use, targets, number, env), targets.positions[number]
-            there = _count(use, env, positions)
-            if there != len(target):
-                raise RepairError(
-                    f"{use.module or use.weight} is given other rows by the cut network than by "
-                    "the dense one: which rows it sees depends on data that the cut changes "
-                    "(images sent to experts); give repair='scale' or 'none', or skip the groups "
-                    "before that choice"
-                )
-            if some < 1:
-                drawn = torch.randperm(there, generator=generator)[: math.ceil(some * there)]
-                drawn = drawn.sort().values.to(target.device)
-                target, positions = target[drawn], drawn if positions is None else positions[drawn]
-            for rows, phi in row_blocks(env[use.x.id], use.geometry, positions):
-                yield phi, target[rows]
-
-    def _target(self, layer: Layer, targets: LayerTargets, number: int, env: Environment) -> Tensor:
-        y, positions = targets.y[number], targets.positions[number]
-        outputs = self.kept.get((layer.weight, layer.outputs_dim))
-        pick = None if outputs is None else torch.tensor(outputs, device=y.device)
-        undo, shortcut = targets.undo, layer.shortcut
-        y = y if pick is None else y[:, pick]
-        if undo is None or shortcut is None or (not targets.summed and shortcut.id not in env):
-            return y
-        undo = undo if pick is None else undo[pick]
-        now = output_rows(env[shortcut.id], layer.geometry, positions)
-        if targets.summed:
-            return y - now * undo
-        was = targets.shortcut[number]
-        return y + ((was if pick is None else was[:, pick]) - now) * undo
-
-
-def _count(use: Layer, env: Environment, positions: Tensor | None) -> int:
-    """How many rows of the layer's input one batch gives."""
-    if positions is not None:
-        return len(positions)
-    return math.prod(position_grid(tuple(env[use.x.id].shape), use.geometry))
-
-
-def _merged(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parts in larger pieces, as each sum of products costs a pass over the whole sum."""
-    waiting: list[tuple[Tensor, Tensor]] = []
-    entries = 0
-    for phi, target in parts:
-        if waiting and entries + phi.numel() > BLOCK:
-            yield _joined(waiting)
-            waiting, entries = [], 0
-        waiting.append((phi, target))
-        entries += phi.numel()
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    phi, target = zip(*parts, strict=True)
-    return torch.cat(phi), torch.cat(target)
+        return Fit(use, targets, self.kept.get((use.weight, use.outputs_dim)))
 
 
 def _name(together: Sequence[Layer]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from thinet.errors import CalibrationError, VerificationError
+from thinet.gap import largest, relative_gap
 from thinet.observe import evaluating, module_calls, preserved_rng
 from thinet.silenced_run import run_silenced
 from thinet.trace.groups import Analysis
@@ -167,20 +168,11 @@ def _gap(expected: Any, small: nn.Module, inputs: ExampleInputs) -> float:
         return float("inf")
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        if a.numel() and a.is_floating_point():
-            a, b = a.double(), b.double()
-            same = (a == b) | (a.isnan() & b.isnan())
-            gap = torch.where(same, 0.0, (a - b).abs())
-            scale = max(_largest(a), 1e-30)
-            worst = max(worst, gap.max().nan_to_num(torch.inf, torch.inf).item() / scale)
+        if a.is_floating_point():
+            worst = max(worst, relative_gap(a, b))
         elif not torch.equal(a, b):
             worst = float("inf")
     return worst
-
-
-def _largest(values: torch.Tensor) -> float:
-    finite = values[values.isfinite()].abs()
-    return finite.max().item() if finite.numel() else 1.0
 
 
 def _first_different(
@@ -204,7 +196,7 @@ def _first_different(
                     stays = np.flatnonzero(~gone[labeller.classes.find(axis)])
                     left = left.index_select(dim, torch.from_numpy(stays).to(left.device))
             close = left.shape == right.shape and torch.allclose(
-                left, right, rtol=1e-6, atol=1e-6 * _largest(left), equal_nan=True
+                left, right, rtol=1e-6, atol=1e-6 * largest(left), equal_nan=True
             )
             if not close:
                 return path or "the model's own output"

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from thinet.calibrate.batches import images_in
 from thinet.errors import ExportError, OptionError
+from thinet.gap import relative_gap
 from thinet.observe import preserved_rng
 from thinet.types import ExampleInputs, call, tensors_in
 
@@ -105,7 +106,7 @@ def largest_error(
                     f"{batch}, so there is nothing to compare; check its weights and the example "
                     "inputs. No file was kept"
                 )
-            gap = _relative(ours, theirs)
+            gap = relative_gap(ours, theirs)
             if not gap <= tolerance:
                 raise ExportError(
                     f"output {number} of {what} differs from the model's by {gap:.2g} of its "
@@ -114,17 +115,6 @@ def largest_error(
                 )
             worst = max(worst, gap)
     return worst
-
-
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    if ours.numel() == 0:
-        return 0.0
-    ours, theirs = ours.double(), theirs.double()
-    same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities may be meant
-    gap = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(torch.inf, torch.inf).max()
-    finite = ours[ours.isfinite()].abs()
-    scale = finite.max() if finite.numel() else torch.tensor(1.0)
-    return float(gap / scale) if scale > 0 else float(gap)
 
 
 @contextmanager
