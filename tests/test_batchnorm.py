@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import thinet
 from tests.oracle import randomise
 from thinet.calibrate.batchnorm import recalibrate_bn
 from thinet.errors import CalibrationError
@@ -108,3 +110,56 @@ def test_statistics_that_are_not_finite_name_the_norm() -> None:
         model[0].weight[0] = float("inf")
     with pytest.raises(CalibrationError, match=r"^1: the input of this BatchNorm holds NaN"):
         recalibrate_bn(model, [torch.randn(4, 3, 6, 6)])
+
+
+class Shifted(nn.Module):
+    """Two positional inputs, of which the second may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.b(self.bn(self.a(x if shift is None else x + shift)).relu()).mean((2, 3))
+
+
+def shifted() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(3)
+    return [(torch.randn(n, 3, 7, 7), 4 + torch.randn(n, 3, 1, 1)) for n in (6, 2)]
+
+
+def mean_behind(conv: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        y = torch.cat([conv(x + shift) for x, shift in batches])
+    return y.movedim(1, 0).flatten(1).mean(1)
+
+
+def test_a_second_input_is_no_target() -> None:
+    model, batches = randomise(Shifted()), shifted()
+    found = recalibrate_bn(model, batches, example_inputs=batches[0])
+    torch.testing.assert_close(found.bn.running_mean, mean_behind(model.a, batches))
+    with_targets = [(*batch, torch.zeros(len(batch[0]))) for batch in batches]
+    other = recalibrate_bn(model, with_targets, example_inputs=batches[0])
+    assert torch.equal(other.bn.running_mean, found.bn.running_mean)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_prune_keeps_the_second_input_for_the_statistics(rounds: int) -> None:
+    model, batches = randomise(Shifted()), shifted()
+    result = thinet.prune(
+        model, batches[0], batches, budget=thinet.Budget(macs=0.5), only="a", rounds=rounds,
+        divisor=1, recalibrate=True,
+    )  # fmt: skip
+    small = result.model
+    assert small.a.out_channels < 8
+    torch.testing.assert_close(small.bn.running_mean, mean_behind(small.a, batches))
+
+
+def test_so_does_the_loop_of_layers(tmp_path: Path) -> None:
+    model, batches = randomise(Shifted()), shifted()
+    result = thinet.iterate(
+        model, batches[0], batches, budget=thinet.Budget(keep={"a": 4}), recalibrate=True,
+        state_dir=tmp_path,
+    )  # fmt: skip
+    small = result.model
+    torch.testing.assert_close(small.bn.running_mean, mean_behind(small.a, batches))

@@ -58,7 +58,7 @@ def test_the_rows_give_what_the_columns_give(
     weight, bias = solve_rows(phi.clone(), target, prior, **options)
     torch.testing.assert_close(weight, want)
     torch.testing.assert_close(bias, at)
-    single, _ = solve_rows(phi.float(), target.float(), prior.float(), **options)
+    single, _ = solve_rows(phi.float(), target, prior.float(), **options)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), want, rtol=1e-3, atol=1e-4)
 
@@ -85,6 +85,7 @@ def test_what_does_not_vary_moves_nothing() -> None:
     flat = torch.ones(4, 6, dtype=torch.float64) * 3
     weight, bias = solve_rows(flat.clone(), target, prior)
     torch.testing.assert_close(weight, prior)
+    assert weight.data_ptr() != prior.data_ptr()  # the old weights are the dense model's
     torch.testing.assert_close(bias, target.mean(0) - 3 * prior.sum(1))
     varies = random(4, 6, seed=2)
     varies[:, 1] = 1e3  # the intercept's business

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from thinet.outcome import PruneReport
 from thinet.plan import Plan
 from thinet.refine import refine
 from thinet.repair import RepairSettings
+from thinet.report.rows import pruned_notes
 from thinet.trace.analyse import analyse
 from thinet.trace.interpret import Execution, dependencies
 from thinet.trace.planning import make_plan
@@ -284,3 +286,26 @@ def test_a_pass_that_costs_too_much_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     report = thinet.prune(model, batches[0][:1], batches, budget=budget, divisor=1).report
     assert not report.refined
     assert any("refine=5" in note for note in report.notes)
+
+
+def test_a_dropout_that_drops_nothing_is_none() -> None:
+    def net(between: nn.Module) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(10, 16), nn.Linear(16, 32), nn.GELU(), between, nn.Linear(32, 16), nn.ReLU(),
+            nn.Linear(16, 4),
+        ).eval()  # fmt: skip
+
+    x = torch.randn(200, 10)
+    asked = {"budget": thinet.Budget(keep={"1": 10}), "repair_settings": RepairSettings(refine=5)}
+    want = thinet.prune(net(nn.Identity()), x, x, **asked)
+    found = thinet.prune(net(nn.Dropout(0.0)), x, x, **asked)
+    assert found.report.refined == want.report.refined and want.report.refined
+    for ours, theirs in zip(found.model.parameters(), want.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    left = thinet.prune(net(nn.Dropout(0.5)), x, x, **asked).report
+    reason = "4 is trained behind dropout, which a joint refit would not bear"
+    assert not left.refined and left.not_refined == {"1 -> 4": reason}
+    assert f"1 -> 4 were not refitted together: {reason}" in pruned_notes(left)
+    many = replace(left, not_refined={f"{n} -> {n + 1}": "no step" for n in range(6)})
+    assert "3 more pairs were not, for such reasons" in pruned_notes(many)

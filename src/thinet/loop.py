@@ -184,7 +184,7 @@ class Loop:
 
     def _smaller(self, model: nn.Module, plan: Plan, number: int) -> tuple[nn.Module, Plan]:
         step = self.recipe.steps[number - 1]
-        small = with_replaced(model, step.replaced, self.batches)
+        small = with_replaced(model, step.replaced, self.batches, self.inputs)
         plan = plan.then(Plan(replaced=step.replaced))
         if step.keep:
             result = prune(
@@ -193,7 +193,7 @@ class Loop:
             )  # fmt: skip
             small, plan = result.model, plan.then(result.plan)
         if self.recalibrate:
-            small = recalibrate_bn(small, self.batches)
+            small = recalibrate_bn(small, self.batches, example_inputs=self.inputs)
         kept = {name: len(units) for name, units in plan.keep.items()}
         asked = {"recipe": self.recipe.name, "budget": {"keep": kept}}
         return small, replace(plan, settings={**plan.settings, **asked})

@@ -141,7 +141,7 @@ def one_round(
         )  # fmt: skip
         clock.lap("refining")
     if options.recalibrate:
-        small = recalibrate_bn(small, batches)
+        small = recalibrate_bn(small, [(batch, None) for batch in batches])
         clock.lap("recalibrating")
     plan = replace(plan, settings=_settings(task))
     report = _report(task, small, kept, orders)
@@ -150,6 +150,7 @@ def one_round(
         skipped |= _no_layers(task, seen, keep)
     report = replace(
         report, refitted=repaired.refitted, not_refitted=skipped, refined=refined.errors,
+        not_refined=refined.skipped,
         seconds=clock.laps, notes=notes,
     )  # fmt: skip
     return PruneResult(small, plan, report)

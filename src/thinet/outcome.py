@@ -46,6 +46,7 @@ class PruneReport:
         refitted, not_refitted: layers; the latter with the reason.
         refined: for each pair of layers that was refitted together, its mean squared error before
             and after.
+        not_refined: why other pairs were left as the repair of single layers made them.
     """
 
     criterion: str
@@ -61,6 +62,7 @@ class PruneReport:
     refitted: tuple[str, ...] = ()
     not_refitted: Mapping[str, str] = field(default_factory=dict)
     refined: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    not_refined: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -123,7 +125,8 @@ def refitted(result: PruneResult, refined: Refined, seconds: float) -> PruneResu
     """After a joint refit of the result's model that took so many seconds."""
     report = result.report
     spent = {**report.seconds, "refining": report.seconds.get("refining", 0.0) + seconds}
-    return replace(result, report=replace(report, refined=refined.errors, seconds=spent))
+    report = replace(report, refined=refined.errors, not_refined=refined.skipped, seconds=spent)
+    return replace(result, report=report)
 
 
 def with_notes(result: PruneResult, notes: Sequence[str]) -> PruneResult:

@@ -221,7 +221,8 @@ def _in_rounds(task: Task, rounds: int, pairs: Pairs, iterations: int, clock: Cl
         )  # fmt: skip
         result = refitted(result, refined, clock.lap("refining"))
     if task.options.recalibrate:
-        result = replace(result, model=recalibrate_bn(result.model, batches))
+        without_targets = [(batch, None) for batch in batches]
+        result = replace(result, model=recalibrate_bn(result.model, without_targets))
     return result
 
 

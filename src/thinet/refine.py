@@ -22,6 +22,7 @@ from thinet.calibrate.layers import (
     dropouts,
     find_layers,
     layers_beside,
+    output_gains,
     same_rows,
     trained_names,
 )
@@ -239,11 +240,7 @@ class _Pass:
         while theirs.op not in self.ahead.done:
             self.ahead.step(next(self.left))
         tensors = self.execution.tensors
-        gain = torch.ones(layer.outputs).to(tensors[layer.weight])
-        if layer.norm is not None:
-            gain = gain * torch.rsqrt(tensors[layer.norm.var] + layer.norm.eps)
-            if layer.norm.scale is not None:
-                gain = gain * tensors[layer.norm.scale]
+        gain = output_gains(layer, tensors).to(tensors[layer.weight])
         factor = _along(layer, gain)
         outputs = self._kept(layer)
         pick = None if outputs is None else torch.tensor(outputs, device=gain.device)
@@ -268,7 +265,9 @@ class _Pass:
             dense, env = self.ahead.envs[number], self.lane.envs[number]
             target = (picked(dense[theirs.y.id]) + moved) * factor
             if made_up and layer.shortcut is not None and theirs.shortcut is not None:
-                target += picked(dense[theirs.shortcut.id]) - env[layer.shortcut.id]
+                before = theirs.as_made(dense[theirs.shortcut.id])
+                lost = picked(before) - layer.as_made(env[layer.shortcut.id])
+                target += lost.reshape(target.shape)
             targets.append(target)
         return targets, gain
 

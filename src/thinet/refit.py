@@ -140,7 +140,9 @@ def _target(fit: Fit, number: int, env: Environment) -> Tensor:
     if undo is None or shortcut is None or (not targets.summed and shortcut.id not in env):
         return y
     undo = undo if pick is None else undo[pick]
-    now = output_rows(env[shortcut.id], fit.use.geometry, targets.positions[number])
+    now = output_rows(
+        fit.use.as_made(env[shortcut.id]), fit.use.geometry, targets.positions[number]
+    )
     if targets.summed:
         return y - now * undo
     was = targets.shortcut[number]

@@ -18,7 +18,9 @@ from thinet.trace.replica import copied
 from thinet.types import ExampleInputs, call
 
 
-def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
+def recalibrate_bn(
+    model: nn.Module, calibration: Iterable[Any], *, example_inputs: ExampleInputs | None = None
+) -> nn.Module:
     """A copy whose BatchNorm layers have the statistics of the calibration data.
 
     Each layer normalises by the statistics of the batch while the data passes, as in training; its
@@ -28,6 +30,8 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
     Args:
         model: any model; without BatchNorm the copy is equal to it.
         calibration: batches of inputs, (input, target) pairs or dicts; large batches are better.
+        example_inputs: of a model with several positional inputs, by which a batch (a, b) is told
+            from an input and its target.
 
     Raises:
         CalibrationError: the data is empty or not finite, or does not fit the model.
@@ -43,7 +47,7 @@ def recalibrate_bn(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
     if not norms:
         return fresh
     device = next(tensor for _, tensor in named_tensors(fresh)).device
-    batches = calibration_inputs(calibration, device=device)
+    batches = calibration_inputs(calibration, device=device, like=example_inputs)
     sums: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
 
     def measure(norm: nn.Module, args: tuple[Any, ...]) -> None:

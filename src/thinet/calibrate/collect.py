@@ -117,7 +117,7 @@ class Collector:
     def before(self, op: Op, envs: Sequence[Environment]) -> None:
         for layer in () if self.again else self._adders.get(op.index, ()):
             assert layer.shortcut is not None
-            shortcut = self._rows(envs[0][layer.shortcut.id], layer)
+            shortcut = self._rows(layer.as_made(envs[0][layer.shortcut.id]), layer)
             y, kept = self._made.pop(layer.op), self.found.targets[self.key[layer.op]]
             if layer.op in self.summed:
                 assert kept.undo is not None
@@ -161,7 +161,7 @@ class Collector:
     def _targets(self, layer: Layer, rows: Tensor) -> LayerTargets:
         undo = None
         if layer.add is not None and self.shortcuts:
-            undo = inverse_gains(layer.norm, rows.shape[1], self.execution.tensors).to(rows)
+            undo = inverse_gains(layer, self.execution.tensors).to(rows)
         return LayerTargets([], Shelf(self.store), Shelf(self.store), undo)
 
     def _rows(self, y: Tensor, layer: Layer) -> Tensor:
@@ -181,7 +181,7 @@ class Collector:
             self.found.signals[key] = Moments(
                 0, y.shape[1], where=layer.module or layer.weight, device=y.device
             )
-        signal = y * output_gains(layer.norm, y.shape[1], self.execution.tensors).to(y)
+        signal = y * output_gains(layer, self.execution.tensors).to(y)
         signal = signal if shortcut is None else signal + shortcut
         self.found.signals[key].add(signal[:, :0], signal)
 

@@ -41,6 +41,8 @@ class Layer:
         norm: the BatchNorm that alone reads y, if there is one.
         shortcut: what is added to y (behind the norm), if its sum alone goes on.
         add: index of that addition.
+        gain: the parameter that y is multiplied with before it (LayerScale), one number an output.
+        turned_by: the axes of y in the order in which the shortcut has them, None for the same.
         uses: how many operations read its weight or, where those are more, its bias.
     """
 
@@ -56,6 +58,8 @@ class Layer:
     norm: Affine | None
     shortcut: Value | None
     add: int | None
+    gain: str | None
+    turned_by: tuple[int, ...] | None
     uses: int
 
     @property
@@ -94,23 +98,33 @@ class Layer:
         across = weight.transpose(0, 1)
         return across.flip(tuple(range(2, weight.ndim))) if weight.ndim > 2 else across
 
+    def as_made(self, shortcut: Tensor) -> Tensor:
+        """The shortcut with its axes in the order of the layer's outputs."""
+        if self.turned_by is None:
+            return shortcut
+        back = sorted(range(len(self.turned_by)), key=self.turned_by.__getitem__)
+        return shortcut.permute(back)
+
     def as_read(self, matrix: Tensor) -> Tensor:
         """What stands in the place of `read`, of a product with a weight (N, C)."""
         assert self.read is not None
         return matrix.T.reshape(self.read.shape)
 
 
-def output_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(outputs,) float64: what the BatchNorm behind a layer multiplies each output with."""
-    if norm is None:
-        return torch.ones(outputs, dtype=torch.float64)
-    gains = torch.rsqrt(tensors[norm.var].double() + norm.eps)
-    return gains if norm.scale is None else gains * tensors[norm.scale].double()
+def output_gains(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(outputs,) float64: what a layer's outputs are multiplied with by the BatchNorm behind it,
+    and before a shortcut is added."""
+    gains = torch.ones(layer.outputs, dtype=torch.float64, device=tensors[layer.weight].device)
+    if layer.norm is not None:
+        gains = torch.rsqrt(tensors[layer.norm.var].double() + layer.norm.eps)
+        if layer.norm.scale is not None:
+            gains = gains * tensors[layer.norm.scale].double()
+    return gains if layer.gain is None else gains * tensors[layer.gain].double().flatten()
 
 
-def inverse_gains(norm: Affine | None, outputs: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(outputs,) what undoes the gains; 0 for outputs that the norm all but switches off."""
-    gains = output_gains(norm, outputs, tensors)
+def inverse_gains(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(outputs,) what undoes the gains; 0 for outputs that they all but switch off."""
+    gains = output_gains(layer, tensors)
     dead = gains.abs() <= 1e-3 * gains.abs().max()  # all of them, where the largest is 0
     return torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, gains))
 
@@ -122,7 +136,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
         for value in {v.id: v for v in op.inputs()}.values():
             readers.setdefault(value.id, []).append(op)
     returned = {value.id for value in values_of(program.outputs)}
-    views = _views(program)
+    views, scales = _views(program), _scales(program)
     found: dict[int, Layer] = {}
     for op in program.ops:
         parts = _convolution(op) if op.name == "aten.convolution" else _linear(op, views)
@@ -135,7 +149,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
         if bias is not None and bias.id not in program.names:
             continue
         norm, after = (None, y) if y.id in returned else _norm(program, readers, y)
-        add, shortcut = _addition(readers, after, returned)
+        added = _addition(readers, after, returned, rank=geometry.rank, scales=scales)
         found[op.index] = Layer(
             op=op.index,
             module=op.module,
@@ -147,8 +161,10 @@ def find_layers(program: Program) -> dict[int, Layer]:
             x=x,
             y=y,
             norm=norm,
-            shortcut=shortcut,
-            add=add,
+            shortcut=None if added is None else added.shortcut,
+            add=None if added is None else added.op,
+            gain=None if added is None else added.gain,
+            turned_by=None if added is None else added.turned_by,
             uses=max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None),
         )
     return found
@@ -315,21 +331,89 @@ def _norm(
     return None, y
 
 
+@dataclass(frozen=True, eq=False)
+class _Addition:
+    """Where a shortcut is added to a layer's outputs; the attributes are those of `Layer`."""
+
+    op: int
+    shortcut: Value
+    gain: str | None
+    turned_by: tuple[int, ...] | None
+
+
 def _addition(
-    readers: Mapping[int, list[Op]], value: Value, returned: Collection[int]
-) -> tuple[int | None, Value | None]:
-    after = readers.get(value.id, [])
+    readers: Mapping[int, list[Op]],
+    value: Value,
+    returned: Collection[int],
+    *,
+    rank: int,
+    scales: Mapping[int, str],
+) -> _Addition | None:
+    """Where a shortcut is added to a value, which goes nowhere else.
+
+    On the way it may be scaled and its axes turned, and what a product with a matrix makes may get
+    its rows back as axes: so transformers add, and networks whose channels come last.
+    """
+    axes, gain = list(range(len(value.shape))), None
+    while True:
+        after = readers.get(value.id, [])
+        op = after[0] if after else None
+        if op is None or op.name in ("aten.add", "aten.add_"):
+            break
+        made = op.outputs()[0]
+        if len(after) > 1 or value.id in returned or made is value:
+            return None
+        if op.name in ("aten.view", "aten._unsafe_view"):
+            if rank or axes != sorted(axes) or made.shape[-1] != value.shape[-1]:
+                return None
+            axes = list(range(len(made.shape)))
+        elif op.name == "aten.permute":
+            axes = [axes[dim] for dim in op.args[1]]
+        elif op.name == "aten.transpose":
+            one, other = op.args[1:3]
+            axes[one], axes[other] = axes[other], axes[one]
+        elif op.name == "aten.mul" and gain is None:
+            gain = _scale(op, value, axes.index(len(axes) - 1 - rank), scales)
+            if gain is None:
+                return None
+        elif op.name != "aten.clone":
+            return None
+        value = made
     # In place, the sum is the same value and its later readers read the sum.
-    op = after[0] if after else None
-    if op is None or op.name not in ("aten.add", "aten.add_") or op.kwargs or len(op.args) != 2:
-        return None, None
+    if op is None or op.kwargs or len(op.args) != 2:
+        return None
     if (len(after) > 1 or value.id in returned) and op.outputs()[0] is not value:
-        return None, None
+        return None
     operands = op.inputs()
     if len(operands) != 2 or operands[0].shape != operands[1].shape:
-        return None, None
+        return None
     other = operands[1] if operands[0] is value else operands[0]
-    return (op.index, other) if other is not value else (None, None)
+    if other is value:
+        return None
+    return _Addition(op.index, other, gain, None if axes == sorted(axes) else tuple(axes))
+
+
+def _scales(program: Program) -> dict[int, str]:
+    """Values with the entries of one parameter in their order, and its name."""
+    found = dict(program.names)
+    for op in program.ops:
+        if op.name in ("aten.view", "aten._unsafe_view", "aten.unsqueeze"):
+            source = op.inputs()[0]
+            if source.id in found:
+                found[op.outputs()[0].id] = found[source.id]
+    return found
+
+
+def _scale(op: Op, value: Value, axis: int, scales: Mapping[int, str]) -> str | None:
+    """The parameter of one number for each index of an axis that a value is multiplied with."""
+    operands = op.inputs()
+    if len(operands) != 2:
+        return None
+    other = operands[1] if operands[0] is value else operands[0]
+    along = [1] * len(value.shape)
+    along[axis] = value.shape[axis]
+    shape = [1] * (len(along) - len(other.shape)) + list(other.shape)
+    return scales.get(other.id) if shape == along else None
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -347,7 +431,7 @@ def dropouts(model: nn.Module, program: Program) -> dict[int, float]:
     found: dict[int, float] = {}
     for path, output in program.called:
         module = modules.get(path)
-        if isinstance(module, _DropoutNd) and isinstance(output, Value):
+        if isinstance(module, _DropoutNd) and module.p > 0 and isinstance(output, Value):
             found[output.storage] = max(found.get(output.storage, 0.0), min(module.p, MOST))
     return found
 

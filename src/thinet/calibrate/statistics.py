@@ -50,7 +50,7 @@ def group_statistics(
             energy = float(centred.sum()) if root is None else NATS
             gains, signal = None, energy
             if site.op in seen.signals and root is None:
-                gains = output_gains(layer.norm, len(weight), tensors)
+                gains = output_gains(layer, tensors)
                 signal = float(seen.signals[site.op].y_variance().sum())
             foretold = shrunk(covariance, seen.moments[site.op].rows)
             consumers.append(Consumer(weight, units, foretold, signal, gains))

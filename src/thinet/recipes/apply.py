@@ -67,7 +67,7 @@ def prune_by_recipe(
     """
     worked_out = resolve(recipe, model, example_inputs, keep=keep)
     batches = list(calibration)
-    start = with_replaced(model, worked_out.replaced, batches)
+    start = with_replaced(model, worked_out.replaced, batches, example_inputs)
     result = prune(
         start, example_inputs, batches, budget=Budget(keep=worked_out.keep), criterion=criterion,
         repair=repair, repair_settings=repair_settings, recalibrate=recalibrate,
@@ -81,12 +81,16 @@ def prune_by_recipe(
 
 
 def with_replaced(
-    model: nn.Module, replacements: Sequence[Replacement], calibration: Iterable[Any]
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    calibration: Iterable[Any],
+    like: ExampleInputs | None = None,
 ) -> nn.Module:
     """A copy with modules replaced, new linear layers fitted to the given network's outputs.
 
     Args:
         calibration: batches, gone through only where there is something to fit.
+        like: example inputs.
 
     Raises:
         CalibrationError: the data does not fit the model, or its outputs are no (n, classes).
@@ -97,7 +101,8 @@ def with_replaced(
     replace(new, replacements)
     for head in (r for r in replacements if r.builder == "linear"):
         device = next(model.parameters()).device
-        _fit(new, head.module, model, calibration_inputs(calibration, device=device))
+        batches = calibration_inputs(calibration, device=device, like=like)
+        _fit(new, head.module, model, batches)
     return new
 
 

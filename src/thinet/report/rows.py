@@ -89,7 +89,16 @@ def pruned_notes(report: PruneReport) -> tuple[str, ...]:
     """What a user must know about how it went: the budget first."""
     reached = f"{report.budget}: asked {report.target:.4g}, reached {report.reached:.4g}"
     skipped = [f"{layer} was not refitted: {why}" for layer, why in report.not_refitted.items()]
-    return (reached, *skipped, *report.notes)
+    alone = [
+        f"{pair} were not refitted together: {why}" for pair, why in report.not_refined.items()
+    ]
+    if len(alone) > SHOWN:
+        alone[SHOWN:] = [f"{counted(len(alone) - SHOWN, 'more pair')} were not, for such reasons"]
+    return (reached, *skipped, *alone, *report.notes)
+
+
+SHOWN = 3
+"""Pairs named that were not refitted together; all are in `PruneReport.not_refined`."""
 
 
 def pruned_facts(report: PruneReport) -> tuple[tuple[str, str], ...]:
