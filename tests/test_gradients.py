@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import thinet
-from thinet.calibrate.gradients import collect_gradients, loss_of
+from thinet.calibrate.gradients import Gradients, collect_gradients, loss_of
 from thinet.errors import CalibrationError
+from thinet.trace.analyse import analyse
+
+Batches = Sequence[tuple[Tensor, Tensor | None]]
+
+
+def asked(net: nn.Module, batches: Batches, name: str | None = None) -> Gradients:
+    """Of the group with this name, of the first one without."""
+    analysis = analyse(net, batches[0][0])
+    groups = [g for g in analysis.groups if name in (None, g.name)][:1]
+    return collect_gradients(net, batches, groups, program=analysis.program)
 
 
 class TinyNet(nn.Module):
@@ -27,9 +38,8 @@ def test_feature_maps_and_weights_agree_with_autograd_written_out() -> None:
     torch.manual_seed(0)
     net, x = TinyNet(), torch.randn(4, 1, 3, 3)
     labels = torch.tensor([0, 1, 1, 0])
-    groups = thinet.find_groups(net, x)[:1]
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    found = collect_gradients(net, [(x[:3], labels[:3]), (x[3:], labels[3:])], groups)
+    found = asked(net, [(x[:3], labels[:3]), (x[3:], labels[3:])])
 
     maps = torch.zeros(3, dtype=torch.float64)
     for image, label in zip(x, labels, strict=True):
@@ -58,8 +68,7 @@ def test_a_channel_that_never_lights_up_has_no_importance() -> None:
         net.conv1.weight[1] = 0
         assert net.conv1.bias is not None
         net.conv1.bias[1] = -1
-    groups = thinet.find_groups(net, x)[:1]
-    found = collect_gradients(net, [(x, None)], groups).taylor["conv1"]
+    found = asked(net, [(x, None)]).taylor["conv1"]
     assert found[1] == 0
     assert found[0] > 0
 
@@ -68,7 +77,7 @@ def test_a_model_without_logits_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 2, 1))
     x = torch.randn(2, 1, 3, 3)
     with pytest.raises(CalibrationError, match=r"logits of shape \(images, classes\).*\(2, 2, 3"):
-        collect_gradients(net, [(x, None)], thinet.find_groups(net, x)[:1])
+        asked(net, [(x, None)])
 
 
 def test_both_criteria_run_in_prune() -> None:
@@ -97,11 +106,9 @@ class Named(nn.Module):
 def test_the_loss_is_asked_of_the_field_logits() -> None:
     torch.manual_seed(1)
     net, x, labels = TinyNet(), torch.randn(5, 1, 3, 3), torch.tensor([0, 1, 1, 0, 1])
-    plain = collect_gradients(net, [(x, labels)], thinet.find_groups(net, x)[:1])
+    plain = asked(net, [(x, labels)])
     for first in (True, False):
-        named = Named(net, first)
-        groups = thinet.find_groups(named, x)[:1]
-        found = collect_gradients(named, [(x, labels.to(torch.int32))], groups)
+        found = asked(Named(net, first), [(x, labels.to(torch.int32))])
         for ours, theirs in ((found.taylor, plain.taylor), (found.taylor_fo, plain.taylor_fo)):
             (a,), (b,) = ours.values(), theirs.values()
             assert torch.equal(a, b) and bool(a.any())
@@ -109,3 +116,112 @@ def test_the_loss_is_asked_of_the_field_logits() -> None:
     assert float(loss) == pytest.approx(2 * math.log(3))
     with pytest.raises(CalibrationError, match="2 tensors, none of them first or named `logits`"):
         loss_of({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, torch.tensor([0, 1]))
+
+
+def by_hand(maps: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """(C,) of eq. 8, maps (images, positions, C), in the mean over places where they are read."""
+    gradients = torch.autograd.grad(loss, list(maps))
+    parts = [(m * g).mean(1).abs().mean(0) for m, g in zip(maps, gradients, strict=True)]
+    return torch.stack(parts).detach().double().mean(0)
+
+
+class Tokens(nn.Module):
+    """As many tokens as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.a(x).relu())
+
+    def rest(self, h: Tensor) -> Tensor:
+        return self.head(self.b(h).relu().mean(1))
+
+
+class Twice(Tokens):
+    """The second layer is asked again for what it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+
+class Bare(Tokens):
+    """The second layer's weight is the model's own; both are as wide as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), None
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def rest(self, h: Tensor) -> Tensor:
+        return self.head((h @ self.weight.T).relu().mean(1))
+
+
+class Beside(Tokens):
+    """Two layers read the map, and each is given the gradient of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(8, 6)
+
+    def rest(self, h: Tensor) -> Tensor:
+        return self.head((self.b(h) + self.c(h)).relu().mean(1))
+
+
+@pytest.mark.parametrize("kind", [Tokens, Bare, Beside])
+def test_maps_are_those_that_the_layer_reads(kind: Callable[[], Tokens]) -> None:
+    torch.manual_seed(4)
+    net, labels = kind().eval(), torch.tensor([0, 2, 1, 0])
+    x = torch.randn(4, 8, net.a.in_features)
+    hidden = net.a(x).relu().detach().requires_grad_()
+    loss = nn.functional.cross_entropy(net.rest(hidden.clone()), labels, reduction="sum")
+    found = asked(net, [(x[:3], labels[:3]), (x[3:], labels[3:])], "a").taylor["a"]
+    torch.testing.assert_close(found, by_hand([hidden], loss), rtol=1e-5, atol=1e-9)
+    assert bool(found.any())
+
+
+class Undone(Twice):
+    """The map is written over, though the derivative of its reader asks for it."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        made = self.b(h)
+        return self.head(h.mul_(2).add_(made).relu().mean(1))
+
+
+def test_what_cannot_be_differentiated_is_said() -> None:
+    net, x = Undone().eval(), torch.randn(4, 8, 5)
+    with pytest.raises(CalibrationError, match="can be differentiated: one of the variables"):
+        thinet.prune(net, x, x, budget=thinet.Budget(keep=0.5), criterion="taylor")
+
+
+def test_each_use_of_a_layer_is_looked_at() -> None:
+    torch.manual_seed(5)
+
+    class Again(Twice):
+        def rest(self, h: Tensor) -> Tensor:
+            return self.head(self.b(self.b(h).relu()).relu().mean(1))
+
+    net, labels = Again().eval(), torch.tensor([0, 2, 1, 0])
+    x = torch.randn(4, 3, 5)
+    first = net.a(x).relu().detach().requires_grad_()
+    second = net.b(first).relu()
+    third = net.b(second).relu()
+    loss = nn.functional.cross_entropy(net.head(third.mean(1)), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, third, retain_graph=True)
+    pooled = (third.mean(1) * gradient.sum(1)).abs().mean(0).detach().double()
+    maps = by_hand([first, second], loss)
+    found = asked(net, [(x, labels)], "a").taylor["a"]
+    torch.testing.assert_close(found, (2 * maps + pooled) / 3, rtol=1e-5, atol=1e-9)
+
+
+def test_frozen_and_shared_weights_have_gradients_too() -> None:
+    torch.manual_seed(6)
+    net, x, labels = TinyNet(), torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 1, 0])
+    want = asked(net, [(x, labels)])
+    frozen = asked(net.requires_grad_(False), [(x, labels)])
+    assert torch.equal(frozen.taylor["conv1"], want.taylor["conv1"])
+    assert torch.equal(frozen.taylor_fo["conv1"], want.taylor_fo["conv1"])
+    assert not any(p.requires_grad or p.grad is not None for p in net.parameters())

@@ -191,7 +191,7 @@ def _measured(
     )
     if {"taylor", "taylor_fo"}.isdisjoint(needs):
         return seen, Gradients()
-    return seen, collect_gradients(task.model, pairs, groups)
+    return seen, collect_gradients(task.model, pairs, groups, program=task.analysis.program)
 
 
 def _orders(

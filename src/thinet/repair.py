@@ -131,7 +131,8 @@ def repair_scale(
 ) -> Repaired:
     """The paper's repair, in place: one least-squares scalar for each kept input channel.
 
-    The scalars (ICCV 2017, eq. 7) are folded into the consumers' weights.
+    The scalars (ICCV 2017, eq. 7) are folded into the consumers' weights. Where a consumer mixes
+    the channels of several groups, those of each are solved by themselves.
 
     Raises:
         RepairError: a system cannot be solved; nothing is changed then.

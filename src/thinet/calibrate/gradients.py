@@ -15,13 +15,12 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten
 
 from thinet.calibrate.batches import images_in
+from thinet.calibrate.layers import Layer, find_layers, same_layers
 from thinet.errors import CalibrationError
 from thinet.logits import find_logits
-from thinet.observe import evaluating, preserved_rng, running
-from thinet.trace.program import plain
-from thinet.trace.record import describe
-from thinet.trace.replica import copied
-from thinet.types import ChannelGroup, ExampleInputs, Site, call, cloned
+from thinet.trace.interpret import Execution
+from thinet.trace.program import Program, Value, plain
+from thinet.types import ChannelGroup, ExampleInputs, Site
 
 
 @dataclass
@@ -36,54 +35,126 @@ def collect_gradients(
     model: nn.Module,
     batches: Sequence[tuple[ExampleInputs, Tensor | None]],
     groups: Sequence[ChannelGroup],
+    *,
+    program: Program,
 ) -> Gradients:
-    """Run the model forwards and backwards over the batches, on a copy.
+    """Run the model forwards and backwards over the batches.
 
     `taylor` is the mean over images of |mean over positions of gradient x activation| at the
     consumers' inputs (Molchanov et al. 2017, eq. 8); `taylor_fo` the mean over batches of
     (sum over a unit's filter weights of gradient x weight)^2 (Molchanov et al. 2019, eq. 8).
 
+    Args:
+        program: the traced program, to whose operations the groups' sites refer.
+
     Raises:
         CalibrationError: the model does not return logits, or gradients are not finite.
     """
-    replica = copied(model).requires_grad_(True)
-    named = dict(replica.named_parameters())
+    execution = Execution(model)
+    weights = _leaves(execution, model)
+    layers = find_layers(execution.program(batches[0][0]))
+    key = same_layers(layers, find_layers(program))
+    wanted = {site.op for group in groups for site in group.sites}
+    looked_at = {op: layer for op, layer in layers.items() if key.get(op) in wanted}
     found = Gradients()
-    seen: dict[str, Tensor] = {}
-    handles = []
-    wanted = {site.module for group in groups for site in group.sites if site.parameter}
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].requires_grad:
-                args[0].retain_grad()
-                seen[path] = args[0]
-
-        return hook
-
     images = sum(images_in(inputs) for inputs, _ in batches)
-    what = f"{type(model).__name__} does not run on a calibration batch"
-    try:
-        for path in wanted:
-            module = replica.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(watch(path)))
-        for inputs, targets in batches:
-            seen.clear()
-            replica.zero_grad(set_to_none=True)
-            with torch.enable_grad(), preserved_rng(), evaluating(replica):
-                with running(CalibrationError, f"{what} ({describe(inputs)})"):
-                    output = call(replica, cloned(inputs))  # forward code may work in place
-                loss_of(output, targets).backward()
-            for group in groups:
-                _add_maps(found, group, seen, images)
-                _add_weights(found, group, named, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for inputs, targets in batches:
+        maps, gradients = _sent_back(execution, inputs, targets, looked_at, weights)
+        at = {key[op]: per_image for op, per_image in maps.items()}
+        for group in groups:
+            _add_maps(found, group, at, images)
+            _add_weights(found, group, weights, gradients, len(batches))
     for values in (*found.taylor.values(), *found.taylor_fo.values()):
         if not bool(torch.isfinite(values).all()):
             raise CalibrationError("the gradients on the calibration data are not finite")
     return found
+
+
+def _leaves(execution: Execution, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, as the execution reads them and as leaves of their own; frozen ones
+    too, and one leaf for all names of a shared one."""
+    leaves: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            if id(parameter) not in leaves:
+                leaves[id(parameter)] = parameter.detach().requires_grad_()
+            found[name] = execution.tensors[name] = leaves[id(parameter)]
+    return found
+
+
+def _sent_back(
+    execution: Execution,
+    inputs: ExampleInputs,
+    targets: Tensor | None,
+    layers: Mapping[int, Layer],
+    weights: Mapping[str, Tensor],
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """One batch's summed loss sent back.
+
+    Returns:
+        For each layer (images, C) the mean over positions of gradient x activation of its input,
+        and by the id of each weight its gradient.
+    """
+    maps: dict[int, Tensor] = {}
+    images = images_in(inputs)
+
+    def watch(op: int, activation: Tensor) -> None:
+        value = activation.detach()
+
+        def hook(gradient: Tensor) -> None:
+            maps[op] = _per_image(value * gradient, layers[op].geometry.rank, images)
+
+        activation.register_hook(hook)
+
+    with execution.started([inputs]) as lane, torch.enable_grad():
+        (env,) = lane.envs
+        sources = {op: _whole(lane.program, layer) for op, layer in layers.items()}
+        for op in lane.program.ops:
+            if op.index in layers and env[sources[op.index].id].requires_grad:
+                watch(op.index, env[sources[op.index].id])
+            execution.compute(op, env)
+        loss = loss_of(lane.outputs()[0], targets)
+        leaves = {id(weight): weight for weight in weights.values()}
+        gradients = derivatives(loss, list(leaves.values()))
+    return maps, {i: g for i, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
+def derivatives(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradient of each leaf, None for one on which the loss does not depend.
+
+    Raises:
+        CalibrationError: the forward code cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    except RuntimeError as error:
+        raise CalibrationError(
+            "criteria from gradients and the weighting by the loss need a model that can be "
+            f"differentiated: {str(error).splitlines()[0]}; choose another criterion, without "
+            "loss_aware"
+        ) from error
+
+
+def _whole(program: Program, layer: Layer) -> Value:
+    """The layer's input before its axes became rows, which all its readers share."""
+    made = {value.id: op for op in program.ops for value in op.outputs()}
+    x = layer.x
+    while x.id in made and made[x.id].name in ("aten.view", "aten._unsafe_view"):
+        source = made[x.id].inputs()[0]
+        if layer.geometry.rank or source.shape[-1] != x.shape[-1]:
+            break
+        x = source
+    return x
+
+
+def _per_image(products: Tensor, rank: int, images: int) -> Tensor:
+    """(images, C) the means over positions; of what does not go by images, over those of each."""
+    if products.ndim == rank + 1 and rank:
+        products = products[None]
+    last = products.movedim(-1 - rank, -1)
+    count = images if len(last) % images == 0 else len(last)
+    return last.reshape(count, -1, last.shape[-1]).mean(1, dtype=torch.float64)
 
 
 def loss_of(
@@ -132,27 +203,17 @@ def _answers(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _add_maps(
-    found: Gradients, group: ChannelGroup, seen: Mapping[str, Tensor], images: int
+    found: Gradients, group: ChannelGroup, maps: Mapping[int, Tensor], images: int
 ) -> None:
-    parts = [
-        _site_importance(site, group.channels, seen[site.module])
-        for site in group.sites
-        if site.module in seen and seen[site.module].grad is not None
-    ]
-    parts = [part for part in parts if part is not None]
+    parts = [_by_unit(maps[s.op], s, group.channels) for s in group.sites if s.op in maps]
     if parts:
         part = torch.stack(parts).mean(0) / images
         found.taylor[group.name] = found.taylor.get(group.name, 0) + part
 
 
-def _site_importance(site: Site, channels: int, maps: Tensor) -> Tensor | None:
-    assert maps.grad is not None
-    products = (maps.detach() * maps.grad).double()
-    place = 1 if maps.ndim > 2 and maps.shape[1] == len(site.units) else maps.ndim - 1
-    if products.shape[place] != len(site.units):
-        return None
-    per_image = products.movedim(place, 1).flatten(2).mean(2) if maps.ndim > 2 else products
-    units = torch.tensor(site.units, device=maps.device)
+def _by_unit(per_image: Tensor, site: Site, channels: int) -> Tensor:
+    """(units,) sums over images of what the channels of each unit have in the mean."""
+    units = torch.tensor(site.units, device=per_image.device)
     member = units >= 0
     sums = per_image.new_zeros(len(per_image), channels)
     sums.index_add_(1, units[member], per_image[:, member])
@@ -161,13 +222,17 @@ def _site_importance(site: Site, channels: int, maps: Tensor) -> Tensor | None:
 
 
 def _add_weights(
-    found: Gradients, group: ChannelGroup, named: Mapping[str, nn.Parameter], batches: int
+    found: Gradients,
+    group: ChannelGroup,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[int, Tensor],
+    batches: int,
 ) -> None:
     for member in group.members:
-        weight = named.get(member.parameter)
-        if member.role != "produces" or weight is None or weight.grad is None:
+        weight = weights.get(member.parameter)
+        if member.role != "produces" or weight is None or id(weight) not in gradients:
             continue
-        products = (weight.detach() * weight.grad).double().movedim(member.dim, 0)
+        products = (weight.detach() * gradients[id(weight)]).double().movedim(member.dim, 0)
         per_index = products.reshape(len(products), -1).sum(1).cpu()
         units = torch.tensor(member.units)
         owned = units >= 0
