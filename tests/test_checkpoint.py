@@ -277,17 +277,68 @@ def test_a_result_in_place_of_its_model_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [{"epoch": 3}, torch.ones(2)])
+def test_state_beside_the_tensors_is_refused(tmp_path: Path, extra: Any) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> Any:
-            return {"epoch": 3}
+            return extra
 
         def set_extra_state(self, state: Any) -> None:
             pass
 
-    with pytest.raises(CheckpointError, match="_extra_state of the model is state that is no tens"):
+    with pytest.raises(CheckpointError, match="_extra_state of the model is state beside its tens"):
         save(tmp_path / "a.safetensors", Extra(2, 2), Plan())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_type_that_the_format_lacks_is_named(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("turn", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(CheckpointError, match="turn of the model is torch.complex128, which a saf"):
+        save(tmp_path / "a.safetensors", model, Plan())
+    with pytest.raises(CheckpointError, match="is no name of a file"):
+        save("a\0b", nn.Linear(2, 2), Plan())
+    assert not list(tmp_path.iterdir())
+
+
+class Noting(nn.Module):
+    """Notes a mask of the length it was last run on; its table of places is expanded."""
+
+    mask: Tensor | None
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("places", torch.arange(4.0).expand(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[1]
+        if self.mask is None or self.mask.shape[0] != size:
+            self.mask = torch.ones(size, size).tril()
+        return self.mask @ self.b((self.a(x + self.places[0])).relu())
+
+
+@pytest.mark.parametrize("run_before", [0, 5, 9])
+@pytest.mark.parametrize("saved_with", [0, 5])
+def test_what_a_forward_notes_may_differ(tmp_path: Path, saved_with: int, run_before: int) -> None:
+    model = randomise(Noting()).eval()
+    x = torch.randn(2, 5, 4)
+    result = thinet.prune(model, x, x, budget=thinet.Budget(keep={"a": 3}))
+    if saved_with:
+        result.model(x)
+    path = save(tmp_path / "a.safetensors", result.model, result.plan)
+    dense = Noting()
+    if run_before:
+        dense(torch.randn(2, run_before, 4))
+    loaded = load(path, dense)
+    expected = saved_with or run_before
+    assert (loaded.mask is None) == (expected == 0)
+    assert loaded.mask is None or loaded.mask.shape[0] == expected
+    assert torch.equal(loaded(x), result.model(x))
+    loaded.places[0, 0] = 7.0  # each entry in a place of its own
+    assert loaded.places[1, 0] == 0
 
 
 # --- what cannot be read --------------------------------------------------------------------

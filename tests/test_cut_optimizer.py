@@ -118,3 +118,13 @@ def test_what_is_not_of_the_model_is_shared() -> None:
     optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
     _, new = thinet.cut(model, x, {"conv1": KEEP}, optimizer=optimizer)
     assert new.param_groups[0]["params"][-1] is scale
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, x = Small(), torch.randn(2, 2, 7, 7)
+    other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.raises(OptionError, match="the optimizer has none of the model's parameters"):
+        thinet.cut(model, x, {"conv1": KEEP}, optimizer=other)
+    whole = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(OptionError, match="LBFGS keeps its state over all parameters at once"):
+        thinet.cut(model, x, {"conv1": KEEP}, optimizer=whole)

@@ -213,3 +213,16 @@ def test_a_stopped_run_goes_on_with_the_same_groups(tmp_path: Path, ema: float |
     resumed = finetune(toy_net(), toy(), checkpoint=tmp_path, **options)
     assert fingerprint(resumed.model) == whole
     assert (resumed.model.get_parameter("0.weight") == 0).all(dim=0).sum() == 19  # 8.1 of 27 stay
+
+
+def test_a_weight_of_two_layers_is_pulled_at_once() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 2), nn.Conv2d(2, 2, 2))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.copy_(KERNELS)
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    found = TapGroups(model, GroupSparsity(2.0), 4)
+    found.pull()
+    assert list(found.stays) == ["0"]
+    # 2 * K / || Gamma ||: the first tap has the norm 5
+    assert model[0].weight.grad[:, 0, 0, 0].tolist() == pytest.approx([6 / 5, 8 / 5])

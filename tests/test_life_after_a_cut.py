@@ -431,3 +431,41 @@ def test_whole_groups_of_a_group_norm_can_go() -> None:
     check(model, x, groups, {"0": [1, 2]}, thinet.cut)
     small: Any = thinet.cut(model, x, {"0": [0, 3]})
     assert (small[1].num_groups, small[1].num_channels) == (2, 4)
+
+
+class Cells(nn.Module):
+    """Cells of recurrent networks behind a layer, and a bag of embeddings before one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 8)
+        self.cells = nn.ModuleList([nn.GRUCell(8, 6), nn.LSTMCell(8, 6), nn.RNNCell(8, 6)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.a(x).relu()
+        found = [cell(x) for cell in self.cells]
+        return tuple(y[0] if isinstance(y, tuple) else y for y in found)
+
+
+def test_sizes_of_cells_and_bags_follow() -> None:
+    small: Any = thinet.cut(Cells(), torch.randn(2, 5), {"a": [0, 3, 5, 6]})
+    assert [(cell.input_size, cell.hidden_size) for cell in small.cells] == [(4, 6)] * 3
+    bags = nn.Sequential(nn.EmbeddingBag(10, 8), nn.Linear(8, 3))
+    less: Any = thinet.cut(bags, torch.zeros(2, 3, dtype=torch.long), {"0": [0, 3, 5, 6]})
+    assert less[0].embedding_dim == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+def test_scripted_models_are_refused_everywhere(tmp_path: Path) -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    x = torch.randn(1, 3, 8, 8)
+    result = thinet.prune(dense, x, x, budget=thinet.Budget(keep=0.5))
+    path = thinet.save(tmp_path / "a.safetensors", result.model, result.plan)
+    scripted = torch.jit.trace(dense, x)
+    text = "the model is a TopLevelTracedModule, which cannot be changed; give the torch.nn.Module"
+    with pytest.raises(thinet.OptionError, match=text):
+        thinet.find_groups(scripted, x)
+    with pytest.raises(thinet.OptionError, match=text):
+        thinet.prune(scripted, x, x, budget=thinet.Budget(keep=0.5))
+    with pytest.raises(thinet.CheckpointError, match=text):
+        thinet.load(path, scripted)

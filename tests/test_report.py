@@ -211,6 +211,18 @@ def test_the_terminal_shows_all_in_eighty_columns() -> None:
     assert "█" * 10 + "·" * 10 in shown
 
 
+def test_long_names_leave_the_numbers_their_place() -> None:
+    networks = tuple(
+        Network(f"{'path/' * 20}{n}.safetensors", 125_000_000, 850_000, 123.4, 0.923) for n in "ab"
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    terminal.show(Report("t", "s", networks=networks), console)
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    for words in ("125M", "850k", "123 ms", "92.3%", "latency"):
+        assert words in shown
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -227,6 +239,7 @@ def test_the_terminal_shows_all_in_eighty_columns() -> None:
         ({"groups": [{"name": "g", "channels": "8"}]}, "'g' has '8' for channels"),
         ({"groups": [{"name": "g", "channels": True}]}, "'g' has True for channels"),
         ({"groups": [{"name": "g", "channels": 8, "locked": 1}]}, "'g' has 1 for locked"),
+        ({"groups": [{"name": "g", "channels": 0}]}, "'g' has 0 channels"),
     ],
 )
 def test_values_of_the_wrong_type_are_named(change: dict[str, Any], words: str) -> None:

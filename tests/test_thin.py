@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 import thinet
 from tests.test_group_sparsity import KERNELS, Depth, hand_worked
@@ -216,3 +218,87 @@ def test_a_plan_with_taps_outside_of_the_kernel_is_refused(taps: list[Any]) -> N
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="the taps are none, or not within the kernel"):
         replace(Net(), (Replacement("two", "thin-convolution", options),))
+
+
+def test_thin_layers_are_thinned_again_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    with_taps(dense[0], 0.5), with_taps(dense[2], 0.5)
+    once = thin(dense)
+    assert isinstance(once.model[0], ThinConv2d)
+    with torch.no_grad():  # what more training may leave
+        once.model[0].mix.weight[:, ::2] = 0
+    twice = thin(once.model, only="0.mix")
+    plan = once.plan.then(twice.plan)
+    path = thinet.save(tmp_path / "thin.safetensors", twice.model, plan)
+    x = torch.randn(2, 3, 8, 8)
+    loaded = thinet.load(path, nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)))
+    assert torch.equal(loaded(x), twice.model(x))
+    torch.testing.assert_close(loaded(x), once.model(x))
+
+
+def test_replacements_that_fail_midway_are_undone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    first = model[0]
+    gone = Replacement("0", "identity", {}), Replacement("5", "identity", {})
+    with pytest.raises(CheckpointError, match="the plan replaces '5', a module that this Seq"):
+        replace(model, gone)
+    assert model[0] is first
+
+
+def masked() -> nn.Conv2d:
+    return prune.ln_structured(nn.Conv2d(4, 4, 3), "weight", 0.5, n=2, dim=1)
+
+
+def hooked() -> nn.Conv2d:
+    conv = with_taps(nn.Conv2d(4, 4, 3), 0.5)
+    conv.register_forward_hook(lambda module, inputs, output: output * 2)
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (masked, "its weights are computed from others before each forward pass"),
+        (lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), "its weights are computed from others"),
+        (hooked, "it has hooks, which what takes its place would not have"),
+    ],
+)
+def test_what_does_more_than_it_stores_is_not_thinned(make: Any, reason: str) -> None:
+    model = nn.Sequential(with_taps(nn.Conv2d(3, 4, 3), 0.5), nn.ReLU(), make())
+    with pytest.raises(OptionError, match=f"2 cannot be thinned: {reason}"):
+        thin(model, only="2")
+    result = thin(model)
+    assert list(result.taps) == ["0"]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(result.model(x), model(x))
+    config = thinet.FinetuneConfig(lr=0.01, group_sparsity=thinet.GroupSparsity(0.01, keep=0.4))
+    ends = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = [(x, torch.tensor([0, 1]))]
+    tuned = thinet.finetune(ends, data, epochs=1, config=config).model
+    left = (tuned[0][0].weight != 0).any(0)
+    assert int(left.sum()) == 10  # of 27
+
+
+def test_a_layer_under_two_names_is_left_whole() -> None:
+    model = nn.Sequential(with_taps(nn.Conv2d(3, 3, 3), 0.5), nn.ReLU())
+    model.append(model[0])
+    with pytest.raises(OptionError, match="0 cannot be thinned: it stands in the model under sev"):
+        thin(model, only="0")
+
+
+def test_zeros_that_a_parametrization_changes_are_read() -> None:
+    class PlusOne(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w + 1
+
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[2].weight[:, :4] = 0
+    x = torch.randn(4, 3)
+    assert read_channels(model, x) == {"0": (4, 5)}
+    register_parametrization(model[2], "weight", PlusOne(), unsafe=True)
+    with torch.no_grad():
+        model[2].parametrizations.weight.original[:, :4] = 0
+    assert read_channels(model, x) == {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from thinet.errors import CheckpointError, ModelError
@@ -30,7 +30,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_wrapped_and_prefixed_files_load(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     source, target = net(), net()
     weights: dict[str, Any] = {prefix + name: t for name, t in source.state_dict().items()}
@@ -144,3 +144,20 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     assert torch.equal(model.weight, kept)
     with pytest.raises(CheckpointError, match="is a folder; give the weights file in it"):
         read_weights(tmp_path)
+
+
+def test_one_of_tied_weights_is_enough(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self, tied: bool = True) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            if tied:
+                self.b.weight = self.a.weight
+
+    source, path = Tied(), tmp_path / "tied.safetensors"
+    save_model(source, str(path))
+    model = Tied()
+    load_weights(model, path)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+    with pytest.raises(ModelError, match=r"1 missing in the file: b.weight \(4, 4\)"):
+        load_weights(Tied(tied=False), path)

@@ -22,7 +22,7 @@ from thinet.report.data import Report
 from thinet.steps import Position, Store
 from thinet.train import state
 from thinet.train.finetune import finetune
-from thinet.whole_file import tidy, whole_file, write_json
+from thinet.whole_file import tidy, whole_file, write_json, write_text
 
 
 def exported(path: Path) -> None:
@@ -142,3 +142,21 @@ def test_what_killed_processes_left_is_removed_where_a_run_goes_on(tmp_path: Pat
              checkpoint=tmp_path)  # fmt: skip
     assert left() == {".b.json"}
     tidy(tmp_path / "no" / "such", "a")
+
+
+def test_a_link_stays_one_and_a_device_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("1")
+    link = tmp_path / "latest.json"
+    link.symlink_to("real.json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and (tmp_path / "real.json").read_text() == '{\n "a": 1\n}'
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is there and no regular file"):
+        write_json(tmp_path / "pipe", {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert {p.name for p in tmp_path.iterdir()} == {"real.json", "latest.json", "pipe"}
+
+
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.html", os.fsdecode(b"d\xe9t\xe9"))
+    assert (tmp_path / "a.html").read_text() == "d\\udce9t\\udce9"

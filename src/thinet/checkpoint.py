@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from thinet.errors import CheckpointError, OptionError
+from thinet.paths import named_modules
 from thinet.plan import Plan
 from thinet.surgery.apply import allocate, apply_plan, named_tensors
 from thinet.trace.record import check_model
@@ -21,6 +22,9 @@ from thinet.whole_file import whole_file
 
 KEY = "thinet_plan"
 """Name of the metadata entry that holds the plan as JSON."""
+
+EXTRA = "_extra_state"
+"""Last part of the names under which a `state_dict` holds what `get_extra_state` gives."""
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
@@ -60,17 +64,23 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
                 f"save {'model.module' if wrapped else 'a model'} with the plan that made it"
             )
     metadata = {"format": "pt", KEY: _written(plan)}
-    extra = [k for k, v in model.state_dict().items() if not isinstance(v, torch.Tensor)]
+    extra = [name for name in model.state_dict() if name.rpartition(".")[2] == EXTRA]
     if extra:
         raise CheckpointError(
-            f"{', '.join(extra)} of the model is state that is no tensor, which a safetensors file "
-            "cannot hold; remove get_extra_state from these modules"
+            f"{', '.join(extra)} of the model is state beside its tensors, which the file does not "
+            "hold; remove get_extra_state from these modules, or keep it in a buffer"
         )
     begun = False
     try:
         with whole_file(target) as unfinished:
             begun = True
             save_file(tensors, unfinished, metadata=metadata)
+    except KeyError as error:  # of safetensors' table of types
+        which = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
+        raise CheckpointError(
+            f"{', '.join(which[:3])} of the model is {error.args[0]}, which a safetensors file "
+            "does not know; convert it first"
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, OSError) and not begun:
             raise CheckpointError(
@@ -83,6 +93,9 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan) -> Path:
 
 def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     """Rebuild a cut model from its file and the dense model's class.
+
+    Buffers that are not persistent are a forward's own notes: they may have other shapes than the
+    dense model's, and be there in one of the two alone; the file's are taken.
 
     Args:
         path: a file that `save` wrote.
@@ -106,7 +119,9 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     small = copied(dense_model)
     apply_plan(small, plan)
     allocate(small)
-    named = dict(named_tensors(small))
+    notes = _notes(small, plan)
+    noted = {name: tensors.pop(name) for name in notes.keys() & tensors.keys()}
+    named = {name: t for name, t in named_tensors(small) if name not in notes}
     missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or extra:
         raise CheckpointError(
@@ -130,8 +145,26 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, tensor in named.items():
             tensor.data = tensor.data.to(tensors[name].dtype)
+            if 0 in tensor.stride():  # expanded: many entries in one place
+                tensor.data = tensor.data.contiguous()
             tensor.copy_(tensors[name])
+        device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
+        for name, tensor in noted.items():
+            module, leaf = notes[name]
+            module._buffers[leaf] = tensor.to(device)
     return small
+
+
+def _notes(model: nn.Module, plan: Plan) -> dict[str, tuple[nn.Module, str]]:
+    """Buffers that are not persistent and not cut, None among them: module and name of each."""
+    cut = {piece.parameter for piece in plan.kept}
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in named_modules(model).items():
+        for leaf in module._non_persistent_buffers_set:
+            name = f"{path}.{leaf}" if path else leaf
+            if name not in cut:
+                found[name] = module, leaf
+    return found
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -142,7 +175,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a file is named by a text or a path; got {path!r}")
-    return Path(os.fspath(path))
+    if "\0" in os.fsdecode(path):
+        raise CheckpointError(f"{path!r} is no name of a file")
+    return Path(os.fsdecode(path))
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

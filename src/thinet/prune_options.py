@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import torch
 from torch import nn
 
 from thinet.budget import Budget
@@ -15,6 +14,7 @@ from thinet.criteria import get
 from thinet.criteria.base import Criterion, Need
 from thinet.errors import OptionError
 from thinet.repair import RepairSettings
+from thinet.trace.record import check_model
 
 Repair = Literal["none", "scale", "full"]
 Sampling = Literal["exact", "paper"]
@@ -99,18 +99,14 @@ class PruneOptions:
         return self.by_error(budget) or not WEIGHED.isdisjoint(self.chosen_by.needs)
 
 
-def check_network(model: object) -> None:
+def check_network(model: nn.Module) -> None:
     """See that a model is one that can be run and cut.
 
     Raises:
         OptionError: it is scripted, compiled, no module at all, has no data, or is on a device
             without float64.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise OptionError(
-            f"the model is a {type(model).__name__}; give the torch.nn.Module in Python, neither "
-            "scripted nor a function"
-        )
+    check_model(model)
     if hasattr(model, "_orig_mod"):
         raise OptionError("the model is compiled; prune model._orig_mod and compile the result")
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,9 +53,12 @@ def thin(model: nn.Module, *, only: str | Sequence[str] | None = None) -> ThinRe
     patterns = (only,) if isinstance(only, str) else only
     stays: dict[str, Tensor] = {}
     convolutions = {p: m for p, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for path, module in convolutions.items():
         named = patterns is not None and any(fnmatchcase(path, p) for p in patterns)
         fault = not_thinnable(module)
+        if names[id(module)] > 1:
+            fault = "it stands in the model under several names, of which one would be replaced"
         if fault is not None and named:
             raise OptionError(f"{path} cannot be thinned: {fault}; leave it out of only")
         if fault is None and (named or patterns is None):
@@ -89,8 +93,8 @@ def read_channels(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, 
 
     A unit is read by nothing where every weight that would multiply it is zero in all consumers of
     the group, as when all taps of an input map are gone. Cutting the others changes no output.
-    Locked groups, and those that meet in products of two activations, are left out; a group of
-    which nothing is read keeps its first unit.
+    Locked groups, those that meet in products of two activations and those read by parametrized
+    weights are left out; a group of which nothing is read keeps its first unit.
     """
     analysis = analyse(model, example_inputs)
     named = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -98,7 +102,9 @@ def read_channels(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, 
     for group in analysis.groups:
         weighed = [member for member in group.members if member.role == "consumes"]
         between = any(site.parameter is None for site in group.sites)
-        if group.locked is not None or between or not weighed:
+        # what a weight is computed from may be zero where the weight is not
+        computed = any("parametrizations" in member.parameter.split(".") for member in weighed)
+        if group.locked is not None or between or computed or not weighed:
             continue
         read: set[int] = set()
         for member in weighed:

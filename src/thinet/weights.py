@@ -17,6 +17,9 @@ from thinet.errors import CheckpointError, ModelError
 WRAPPERS = ("state_dict", "model", "model_state")
 """Entries under which training programs keep the weights among other things."""
 
+PREFIXES = ("module.", "_orig_mod.")
+"""Of wrapped models."""
+
 SHOWN = 4
 """How many entries of each kind of mismatch an error names."""
 
@@ -31,7 +34,12 @@ def load_weights(model: nn.Module, path: str | Path, what: str = "the model") ->
     weights = read_weights(path)
     stored: dict[str, Any] = model.state_dict()  # modules may keep more than tensors
     own = {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
-    missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in weights]
+    there = {_place(own[name]) for name in weights if name in own}
+    missing = [
+        f"{name} {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name not in weights and _place(tensor) not in there  # of tied ones one is enough
+    ]
     unexpected = [f"{n} {tuple(t.shape)}" for n, t in weights.items() if n not in own]
     mismatched = [
         f"{name} ({tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the model)"
@@ -66,8 +74,8 @@ def load_weights(model: nn.Module, path: str | Path, what: str = "the model") ->
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a .safetensors file or of a file of `torch.save`.
 
-    Entries `state_dict`, `model` or `model_state` are looked into, and `module.` is taken off names
-    that all begin with it.
+    Entries `state_dict`, `model` or `model_state` are looked into, and `module.` (of a model in
+    parallel) and `_orig_mod.` (of a compiled one) are taken off names that all begin with it.
 
     Raises:
         CheckpointError: the file is missing, truncated, holds code, or holds no named tensors.
@@ -93,8 +101,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             "model.state_dict() alone"
         )
     weights = {str(name): tensor for name, tensor in found.items()}
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights
 
 
@@ -132,6 +140,11 @@ def _reason(error: Exception) -> str:
     telling = [line for line in lines if "Unsupported" in line or "WeightsUnpickler" in line]
     said = (telling or lines or [""])[0][:160]
     return f"{type(error).__name__}: {said}" if len(said.split()) < 2 else said
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """The same for tensors that are one in memory; where there is none, for none but itself."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
 def _type(tensor: torch.Tensor) -> str:

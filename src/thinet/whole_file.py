@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,9 +22,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     the folder is removed; only a process that is killed leaves it (`tidy`). The mode follows the
     umask, as that of any new file.
 
+    A link stays one: what it points to is replaced.
+
     Raises:
-        OSError: it cannot be made, written or renamed.
+        OSError: it cannot be made, written or renamed, or is there and no file (a device).
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unfinished = Path(folder) / path.name
         unfinished.touch()
@@ -51,7 +57,8 @@ def tidy(folder: Path, name: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """A whole file of text; errors as `whole_file`."""
     with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        # names of files need not be UTF-8
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -75,7 +75,8 @@ def resolve(
     if keep is not None and (isinstance(recipe, Recipe) or recipe in FIXED):
         name = recipe.name if isinstance(recipe, Recipe) else recipe
         raise OptionError(f"the recipe {name} fixes how much stays; leave keep out")
-    if keep is not None and not 0 < keep <= 1:
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if keep is not None and not (number and 0 < keep <= 1):
         raise OptionError(f"keep is the fraction that stays, above 0 and at most 1; got {keep!r}")
     if isinstance(recipe, Recipe):
         return recipe

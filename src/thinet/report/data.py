@@ -157,6 +157,8 @@ def _group(data: Mapping[str, Any]) -> Group:
     }
     group = Group(**values)
     _check_types(group.name, group)
+    if group.channels < 1:
+        raise OptionError(f"not a report of thinet: {group.name!r} has {group.channels} channels")
     return group
 
 

@@ -46,10 +46,11 @@ def render(report: Report, *, groups: bool = True) -> RenderableType:
 def networks_table(report: Report) -> Table:
     """One row a network."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("network", no_wrap=True)
+    table.add_column("network", overflow="fold")
     shown = columns(report)
-    for heading, _ in shown:
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    for heading, cell in shown:
+        width = max([*map(len, heading.split()), *(len(cell(n)) for n in report.networks)])
+        table.add_column(heading, justify="right", min_width=width)
     headline = report.headline
     for network in report.networks:
         style = "bold green" if network is headline else None

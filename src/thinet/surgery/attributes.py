@@ -65,6 +65,10 @@ def embedding(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> At
     return {"embedding_dim": shapes["weight"][1]}
 
 
+def cell(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
+    return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
+
+
 def prelu(module: nn.Module, shapes: Mapping[str, Shape], whole: bool) -> Attributes:
     return {"num_parameters": shapes["weight"][0]}
 
@@ -84,6 +88,8 @@ TABLE: tuple[tuple[type[nn.Module] | str, Rule], ...] = (
     (nn.RMSNorm, layer_norm),
     (nn.GroupNorm, group_norm),
     (nn.Embedding, embedding),
+    (nn.EmbeddingBag, embedding),
+    (nn.RNNCellBase, cell),
     (nn.PReLU, prelu),
     (nn.Bilinear, bilinear),
 )

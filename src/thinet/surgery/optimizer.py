@@ -25,7 +25,8 @@ def cut_optimizer(
     hyper-parameters, parameter groups and their order stay. The given one is left as it was.
 
     Raises:
-        OptionError: the state of a cut parameter has another shape than the parameter.
+        OptionError: the state of a cut parameter has another shape than the parameter, or the
+            optimizer has no parameter of the model.
     """
     theirs = dict(small.named_parameters(remove_duplicate=False))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -35,6 +36,15 @@ def cut_optimizer(
         for key, name in first.items():
             if name == piece.parameter:
                 cuts.setdefault(key, []).append(piece)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError(
+            "LBFGS keeps its state over all parameters at once, so it cannot be cut with them; "
+            "make a new optimizer for the cut model"
+        )
+    if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        raise OptionError(
+            "the optimizer has none of the model's parameters; give the one that trains this model"
+        )
     memo: dict[int, Any] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -59,11 +59,19 @@ def replace(model: nn.Module, replacements: Iterable[Replacement]) -> Callable[[
         CheckpointError: the model has no such module, or there is no such builder; nothing is
             changed then.
     """
-    replacements = tuple(replacements)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    made = [_build(model, replacement, device) for replacement in replacements]
     undo: list[Callable[[], None]] = []
-    for replacement, module in zip(replacements, made, strict=True):
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    for replacement in replacements:  # one may lie within what an earlier one has put there
+        try:
+            module = _build(model, replacement, device)
+        except CheckpointError:
+            put_back()
+            raise
         if replacement.builder == EXPLICIT:
             undo.append(make_explicit(module))
             continue
@@ -71,11 +79,6 @@ def replace(model: nn.Module, replacements: Iterable[Replacement]) -> Callable[[
         parent = model.get_submodule(path)
         undo.append(partial(parent.register_module, name, parent.get_submodule(name)))
         parent.register_module(name, module)
-
-    def put_back() -> None:
-        for step in reversed(undo):
-            step()
-
     return put_back
 
 

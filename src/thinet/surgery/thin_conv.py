@@ -145,4 +145,11 @@ def not_thinnable(module: nn.Conv2d) -> str | None:
         return f"it has {module.groups} groups, and a tap of one does not reach all filters"
     if module.padding_mode != "zeros":
         return f"it pads by {module.padding_mode!r}; only zeros are supported"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weights are computed from others before each forward pass (a mask, a norm)"
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "it has hooks, which what takes its place would not have"
     return None
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -334,6 +334,11 @@ def check_model(model: object) -> None:
     """See that it is a module all of whose parameters have a size."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"the model is a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            f"the model is a {type(model).__name__}, which cannot be changed; give the "
+            "torch.nn.Module in Python that it was made of"
+        )
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise OptionError(

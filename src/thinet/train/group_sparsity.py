@@ -129,7 +129,7 @@ def tap_norms(weight: Tensor) -> Tensor:
 
 
 def _chosen(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.Parameter]:
-    """The weights of the convolutions that the patterns name, by path."""
+    """The weights of the convolutions that the patterns name, by path; a tied one once."""
     found = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     faults = {path: _fault(module) for path, module in found.items()}
     chosen = [path for path, fault in faults.items() if fault is None]
@@ -153,7 +153,9 @@ def _chosen(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.
             "group sparsity: the model has no convolution whose taps can be taken out"
             + (f" ({why})" if why else "")
         )
-    return {path: _weight(found[path]) for path in chosen}
+    weights = {path: _weight(found[path]) for path in chosen}
+    first = {id(weight): path for path, weight in reversed(weights.items())}
+    return {path: weight for path, weight in weights.items() if first[id(weight)] == path}
 
 
 def _fault(module: nn.Conv2d) -> str | None:
