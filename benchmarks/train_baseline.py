@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--ema", type=float, default=None, help="decay of a weight average")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
@@ -45,8 +46,10 @@ def main() -> None:
     data = loader(args.train, train=True, crop=args.crop, seed=args.seed, **common)
     held_out = loader(args.val, **common)
     model = resolve(args.model, num_classes=len(data.classes))
+    model = model.to(memory_format=torch.channels_last)
+    adamw = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     result = finetune(
-        model.to(memory_format=torch.channels_last),
+        model,
         data,
         epochs=args.epochs,
         config=FinetuneConfig(
@@ -59,6 +62,7 @@ def main() -> None:
             decay_norm_and_bias=False,
             seed=args.seed,
         ),
+        optimizer=adamw if args.optimizer == "adamw" else None,
         validation=held_out,
         checkpoint=args.out.with_suffix(".run"),
         on_epoch=_print,

@@ -348,7 +348,7 @@ def test_half_precision_stays_what_it_is() -> None:
             OptionError,
             "repair_settings is a thinet.repair.Repair",
         ),
-        ({"net": Tiny}, OptionError, "the model is a type; give the torch.nn.Module in Python"),
+        ({"net": Tiny}, OptionError, "the model is a torch.nn.Module; got type"),
         ({"net": torch.compile(Tiny(), backend="eager")}, OptionError, "prune model._orig_mod and"),
         ({"net": Tiny().to("meta")}, OptionError, r"stem.weight has no data \(it is on the meta"),
         (
