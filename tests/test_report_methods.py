@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -171,6 +172,11 @@ def test_a_comparison_becomes_a_report() -> None:
     assert report.notes == (
         "l2, none, keep=0.5 failed: RepairError: singular (seed 2, 3)",
         "l2: conv: by weight sum",
+    )
+    other = replace(cells[0], budget="keep=0.2", notes=("conv: by weight sum", "wide"))
+    assert compared(Comparison(dense, (*cells, other)), "title").notes[1:] == (
+        "l2: conv: by weight sum",
+        "l2, keep=0.2: wide",
     )
     assert (report.networks, report.points) == (
         (Network("dense", 10, 8, top1=0.9, top5=0.99),), Comparison(dense, cells).points

@@ -57,8 +57,17 @@ def _failures(comparison: Comparison) -> list[str]:
 
 
 def _remarks(comparison: Comparison) -> list[str]:
-    found = [f"{cell.criterion}: {note}" for cell in comparison.cells for note in cell.notes]
-    return list(dict.fromkeys(found))
+    """What the cuts reported, once a criterion; with the budgets where it is not true of all."""
+    every: dict[str, dict[str, None]] = {}
+    noted: dict[tuple[str, str], dict[str, None]] = {}
+    for cell in comparison.cells:
+        every.setdefault(cell.criterion, {})[cell.budget] = None
+        for note in cell.notes:
+            noted.setdefault((cell.criterion, note), {})[cell.budget] = None
+    return [
+        f"{criterion}{'' if at == every[criterion] else ', ' + ', '.join(at)}: {note}"
+        for (criterion, note), at in noted.items()
+    ]
 
 
 def _others(comparison: Comparison) -> list[str]:
