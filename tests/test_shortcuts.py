@@ -143,8 +143,26 @@ def test_which_shortcuts_are_seen() -> None:
             y = self.g(self.f(x.transpose(1, 2)).relu())
             return (x + y.reshape(len(x), 6, -1)) * y.mean()
 
+    class Scales(Mixer):
+        """Scaled twice, or by a number for each place and not for each output."""
+
+        def __init__(self, *shapes: tuple[int, ...]) -> None:
+            super().__init__()
+            self.scales = nn.ParameterList([torch.rand(shape) for shape in shapes])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.g(self.f(x.transpose(1, 2)).relu())
+            for scale in self.scales:
+                y = y * scale
+            return x + y.transpose(1, 2)
+
     x = torch.randn(4, 6, 5)
-    for net, seen in ((Mixer(), True), (Elsewhere(), False)):
+    nets = {
+        Mixer(): True, Elsewhere(): False, Scales((6,)): True, Scales((1, 1, 6)): True,
+        Scales((6,), (6,)): False, Scales((5, 1)): False, Scales((1,)): False,
+        Scales((5, 6)): False,
+    }  # fmt: skip
+    for net, seen in nets.items():
         layers = {v.module: v for v in find_layers(analyse(net, x).program).values()}
         assert (layers["g"].shortcut is not None) == seen
     turned = {v.module: v for v in find_layers(analyse(Mixer(), x).program).values()}["g"]
