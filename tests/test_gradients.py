@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -225,3 +226,119 @@ def test_frozen_and_shared_weights_have_gradients_too() -> None:
     assert torch.equal(frozen.taylor["conv1"], want.taylor["conv1"])
     assert torch.equal(frozen.taylor_fo["conv1"], want.taylor_fo["conv1"])
     assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds; its derivative is that of the identity (straight through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore
+        return grad
+
+
+class Quantised(Tokens):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(Rounded.apply(self.a(x).relu()))
+
+
+class InPart(Tokens):
+    """A part of the forward pass has no gradient."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            lost = 0.1 * torch.sin(h)
+        return super().rest(h + lost)
+
+
+@pytest.mark.parametrize("kind", [Quantised, InPart])
+def test_a_models_own_derivatives_are_taken(kind: Callable[[], Tokens]) -> None:
+    torch.manual_seed(4)
+    net, labels = kind().eval(), torch.tensor([0, 2, 1, 0])
+    x = torch.randn(4, 8, 5)
+    before = net.a(x).relu()
+    hidden = Rounded.apply(before) if kind is Quantised else before + 0.1 * before.sin()
+    hidden = hidden.detach().requires_grad_()
+    loss = nn.functional.cross_entropy(Tokens.rest(net, hidden), labels, reduction="sum")
+    found = asked(net, [(x, labels)], "a")
+    want = by_hand([hidden], loss)
+    torch.testing.assert_close(found.taylor["a"], want, rtol=1e-5, atol=1e-9)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(x), labels, reduction="sum").backward()
+    assert net.a.weight.grad is not None
+    weights = (net.a.weight.grad * net.a.weight).sum(1).square()
+    torch.testing.assert_close(found.taylor_fo["a"], weights.detach().double())
+
+
+class TokensFirst(Tokens):
+    """Images along the second axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.transpose(0, 1)).relu()
+        return self.head(self.b(h).relu().mean(0))
+
+
+class MergedTokensFirst(Tokens):
+    """Tokens and images in one axis, all images of a token one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.transpose(0, 1).flatten(0, 1)).relu() * 1
+        return self.head(self.b(h).relu().unflatten(0, (x.shape[1], len(x))).mean(0))
+
+
+class Windows(Tokens):
+    """Two windows of each image, along the axis of the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.unflatten(1, (2, -1)).flatten(0, 1)).relu()
+        return self.head(self.b(h).relu().unflatten(0, (len(x), 2)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("kind", [TokensFirst, MergedTokensFirst, Windows])
+@pytest.mark.parametrize("tokens", [4, 8])
+def test_images_are_found_wherever_they_lie(kind: Callable[[], Tokens], tokens: int) -> None:
+    torch.manual_seed(4)
+    net, labels = kind().eval(), torch.tensor([0, 2, 1, 0])
+    x = torch.randn(4, tokens, 5)
+    hidden = net.a(x).relu().detach().requires_grad_()
+    loss = nn.functional.cross_entropy(net.rest(hidden), labels, reduction="sum")
+    found = asked(net, [(x, labels)], "a").taylor["a"]
+    torch.testing.assert_close(found, by_hand([hidden], loss), rtol=1e-5, atol=1e-9)
+
+
+def test_images_that_cannot_be_told_apart_are_not_mixed() -> None:
+    class Across(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x - x.mean(0)).relu()
+            return self.head(self.b(h).relu().mean(1))
+
+    net, x = Across().eval(), torch.randn(4, 8, 5)
+    assert "a" not in asked(net, [(x, torch.tensor([0, 2, 1, 0]))], "a").taylor
+
+
+def test_what_is_written_over_behind_a_fixed_layer_is_kept() -> None:
+    class Fixed(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", torch.randn(6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.a(x))
+
+        def rest(self, h: Tensor) -> Tensor:
+            y = nn.functional.linear(h, self.w)
+            h.mul_(3)
+            return self.head(y.relu().mean(1))
+
+    torch.manual_seed(4)
+    net, labels = Fixed().eval(), torch.tensor([0, 2, 1, 0])
+    x = torch.randn(4, 6, 5)
+    hidden = net.a(x).detach().requires_grad_()
+    y = nn.functional.linear(hidden, net.w).relu().mean(1)
+    loss = nn.functional.cross_entropy(net.head(y), labels, reduction="sum")
+    found = asked(net, [(x, labels)], "a").taylor.get("a")
+    assert found is not None
+    torch.testing.assert_close(found, by_hand([hidden], loss), rtol=1e-5, atol=1e-9)

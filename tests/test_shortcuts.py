@@ -192,3 +192,37 @@ def test_a_scale_is_a_gain() -> None:
     assert found.gain == "blocks.1.gamma"
     gains = output_gains(found, dict(net.named_parameters()))
     torch.testing.assert_close(gains, net.blocks[1].gamma.detach().double())
+
+
+class Shared(nn.Module):
+    """One branch beside two streams, scaled differently; what it gives the second is small."""
+
+    def __init__(self, second: float) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.other = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.f, self.g, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 4)
+        self.before = Branch(3, scaled=False, first=False)
+        self.ga = nn.Parameter(torch.ones(16))
+        self.gb = nn.Parameter(torch.full((16,), second))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.before(self.first(x)), self.before(self.other(x))
+        u = u + self.g(self.f(u).relu()) * self.ga
+        v = v + self.g(self.f(v).relu()) * self.gb
+        return self.head(u) + self.head(v)
+
+
+def test_a_layer_of_several_gains_is_fitted_to_its_own_outputs() -> None:
+    x = torch.randn(800, 6, generator=torch.Generator().manual_seed(2))
+    fresh = torch.randn(800, 6, generator=torch.Generator().manual_seed(3))
+    model = Shared(0.002).eval()
+    layers = [v for v in find_layers(analyse(model, x).program).values() if v.module == "g"]
+    assert [v.shortcut for v in layers] == [None, None]
+    errors: dict[bool, float] = {}
+    for shortcut in (True, False):
+        settings = thinet.RepairSettings(refine=0, shortcut=shortcut)
+        budget = thinet.Budget(keep={"before.f": 12, "f": 20})
+        small = thinet.prune(model, x, x, budget=budget, repair_settings=settings).model
+        errors[shortcut] = (small(fresh) - model(fresh)).square().mean().item()
+    assert errors[True] < 1.05 * errors[False]

@@ -161,3 +161,16 @@ def test_one_of_tied_weights_is_enough(tmp_path: Path) -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
     with pytest.raises(ModelError, match=r"1 missing in the file: b.weight \(4, 4\)"):
         load_weights(Tied(tied=False), path)
+
+
+def test_a_model_with_a_part_named_module_gets_its_own_names(tmp_path: Path) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 2)
+
+    source, path = Inner(), tmp_path / "ddp.safetensors"
+    save_file({"module." + name: t for name, t in source.state_dict().items()}, path)
+    model = Inner()
+    load_weights(model, path)
+    assert torch.equal(model.module.weight, source.module.weight)

@@ -95,7 +95,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     """Rebuild a cut model from its file and the dense model's class.
 
     Buffers that are not persistent are a forward's own notes: they may have other shapes than the
-    dense model's, and be there in one of the two alone; the file's are taken.
+    dense model's, or be None in one of the two; the file's are taken.
 
     Args:
         path: a file that `save` wrote.

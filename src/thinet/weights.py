@@ -101,7 +101,9 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             "model.state_dict() alone"
         )
     weights = {str(name): tensor for name, tensor in found.items()}
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None):
+    wrapped: list[str] = list(PREFIXES)
+    while prefix := next((p for p in wrapped if all(n.startswith(p) for n in weights)), None):
+        wrapped.remove(prefix)  # the model's own names may begin so too
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights
 

@@ -27,7 +27,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made, written or renamed, or is there and no file (a device).
     """
-    path = path.resolve() if path.is_symlink() else path
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

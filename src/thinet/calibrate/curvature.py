@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.gradients import derivatives, loss_of
+from thinet.calibrate.gradients import differentiating, loss_of
 from thinet.calibrate.layers import Layer, find_layers, same_layers
 from thinet.calibrate.patches import output_rows
 from thinet.errors import CalibrationError
@@ -94,7 +94,8 @@ def _sent_back(
                 env[made] = env[made] + probe  # what is written into it later leaves the probe
                 probes[op.index] = probe
         loss = loss_of(lane.outputs()[0], targets, generator)
-        found = derivatives(loss, list(probes.values()))
+        with differentiating():
+            found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
     return {
         op: output_rows(torch.zeros_like(probe) if gradient is None else gradient,
                         layers[op].geometry).float()

@@ -5,8 +5,10 @@ Without labels the model's own answers serve as labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten
 
 from thinet.calibrate.batches import images_in
-from thinet.calibrate.layers import Layer, find_layers, same_layers
-from thinet.errors import CalibrationError
+from thinet.calibrate.layers import find_layers
+from thinet.calibrate.watched import Given, Key, Layout, image_layouts, product_keys, run_watched
+from thinet.errors import CalibrationError, ThinetError
 from thinet.logits import find_logits
-from thinet.trace.interpret import Execution
-from thinet.trace.program import Program, Value, plain
+from thinet.trace.program import Program, plain
+from thinet.trace.replica import copied
 from thinet.types import ChannelGroup, ExampleInputs, Site
 
 
@@ -38,7 +41,7 @@ def collect_gradients(
     *,
     program: Program,
 ) -> Gradients:
-    """Run the model forwards and backwards over the batches.
+    """Run the model forwards and backwards over the batches, on a copy.
 
     `taylor` is the mean over images of |mean over positions of gradient x activation| at the
     consumers' inputs (Molchanov et al. 2017, eq. 8); `taylor_fo` the mean over batches of
@@ -48,113 +51,71 @@ def collect_gradients(
         program: the traced program, to whose operations the groups' sites refer.
 
     Raises:
-        CalibrationError: the model does not return logits, or gradients are not finite.
+        CalibrationError: the model does not return logits, cannot be differentiated, or gradients
+            are not finite.
     """
-    execution = Execution(model)
-    weights = _leaves(execution, model)
-    layers = find_layers(execution.program(batches[0][0]))
-    key = same_layers(layers, find_layers(program))
-    wanted = {site.op for group in groups for site in group.sites}
-    looked_at = {op: layer for op, layer in layers.items() if key.get(op) in wanted}
+    replica = copied(model).requires_grad_(True)
+    named = dict(replica.named_parameters())
+    layers, keys = find_layers(program), product_keys(program, replica)
+    products = {
+        keys[site.op]: site.op
+        for group in groups
+        for site in group.sites
+        if site.op in layers and site.op in keys
+    }
+    layouts = image_layouts(replica, batches[0][0], products)
     found = Gradients()
     images = sum(images_in(inputs) for inputs, _ in batches)
     for inputs, targets in batches:
-        maps, gradients = _sent_back(execution, inputs, targets, looked_at, weights)
-        at = {key[op]: per_image for op, per_image in maps.items()}
+        replica.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            maps = Maps(images_in(inputs), layouts)
+            output = run_watched(replica, inputs, layouts, maps.watch)
+            with differentiating():
+                loss_of(output, targets).backward()
+        at = {products[key]: per_image for key, per_image in maps.found.items()}
         for group in groups:
             _add_maps(found, group, at, images)
-            _add_weights(found, group, weights, gradients, len(batches))
+            _add_weights(found, group, named, len(batches))
     for values in (*found.taylor.values(), *found.taylor_fo.values()):
         if not bool(torch.isfinite(values).all()):
             raise CalibrationError("the gradients on the calibration data are not finite")
     return found
 
 
-def _leaves(execution: Execution, model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, as the execution reads them and as leaves of their own; frozen ones
-    too, and one leaf for all names of a shared one."""
-    leaves: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point():
-            if id(parameter) not in leaves:
-                leaves[id(parameter)] = parameter.detach().requires_grad_()
-            found[name] = execution.tensors[name] = leaves[id(parameter)]
-    return found
+class Maps:
+    """For each product (images, C): gradient x activation of what it is given, once sent back.
 
-
-def _sent_back(
-    execution: Execution,
-    inputs: ExampleInputs,
-    targets: Tensor | None,
-    layers: Mapping[int, Layer],
-    weights: Mapping[str, Tensor],
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """One batch's summed loss sent back.
-
-    Returns:
-        For each layer (images, C) the mean over positions of gradient x activation of its input,
-        and by the id of each weight its gradient.
+    Its hooks hold nothing of the graph that they hang on, which would outlive its batch.
     """
-    maps: dict[int, Tensor] = {}
-    images = images_in(inputs)
 
-    def watch(op: int, activation: Tensor) -> None:
-        value = activation.detach()
+    def __init__(self, images: int, layouts: Mapping[Key, Layout]) -> None:
+        self.found: dict[Key, Tensor] = {}
+        self._images, self._layouts = images, layouts
 
-        def hook(gradient: Tensor) -> None:
-            maps[op] = _per_image(value * gradient, layers[op].geometry.rank, images)
+    def watch(self, key: Key, given: Given) -> None:
+        if given.x.requires_grad:
+            value = given.x.detach() if given.saved else given.x.detach().clone()
+            given.x.register_hook(partial(self._keep, key, value, given.channels))
 
-        activation.register_hook(hook)
-
-    with execution.started([inputs]) as lane, torch.enable_grad():
-        (env,) = lane.envs
-        sources = {op: _whole(lane.program, layer) for op, layer in layers.items()}
-        for op in lane.program.ops:
-            if op.index in layers and env[sources[op.index].id].requires_grad:
-                watch(op.index, env[sources[op.index].id])
-            execution.compute(op, env)
-        loss = loss_of(lane.outputs()[0], targets)
-        leaves = {id(weight): weight for weight in weights.values()}
-        gradients = derivatives(loss, list(leaves.values()))
-    return maps, {i: g for i, g in zip(leaves, gradients, strict=True) if g is not None}
+    def _keep(self, key: Key, value: Tensor, channels: int, gradient: Tensor) -> None:
+        layout = self._layouts[key]
+        self.found[key] = layout.per_image(value * gradient, channels, self._images)
 
 
-def derivatives(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradient of each leaf, None for one on which the loss does not depend.
-
-    Raises:
-        CalibrationError: the forward code cannot be differentiated.
-    """
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """What autograd cannot do becomes a CalibrationError."""
     try:
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
+        yield
+    except (torch.OutOfMemoryError, ThinetError):
+        raise
     except RuntimeError as error:
         raise CalibrationError(
             "criteria from gradients and the weighting by the loss need a model that can be "
             f"differentiated: {str(error).splitlines()[0]}; choose another criterion, without "
             "loss_aware"
         ) from error
-
-
-def _whole(program: Program, layer: Layer) -> Value:
-    """The layer's input before its axes became rows, which all its readers share."""
-    made = {value.id: op for op in program.ops for value in op.outputs()}
-    x = layer.x
-    while x.id in made and made[x.id].name in ("aten.view", "aten._unsafe_view"):
-        source = made[x.id].inputs()[0]
-        if layer.geometry.rank or source.shape[-1] != x.shape[-1]:
-            break
-        x = source
-    return x
-
-
-def _per_image(products: Tensor, rank: int, images: int) -> Tensor:
-    """(images, C) the means over positions; of what does not go by images, over those of each."""
-    if products.ndim == rank + 1 and rank:
-        products = products[None]
-    last = products.movedim(-1 - rank, -1)
-    count = images if len(last) % images == 0 else len(last)
-    return last.reshape(count, -1, last.shape[-1]).mean(1, dtype=torch.float64)
 
 
 def loss_of(
@@ -222,17 +183,13 @@ def _by_unit(per_image: Tensor, site: Site, channels: int) -> Tensor:
 
 
 def _add_weights(
-    found: Gradients,
-    group: ChannelGroup,
-    weights: Mapping[str, Tensor],
-    gradients: Mapping[int, Tensor],
-    batches: int,
+    found: Gradients, group: ChannelGroup, named: Mapping[str, nn.Parameter], batches: int
 ) -> None:
     for member in group.members:
-        weight = weights.get(member.parameter)
-        if member.role != "produces" or weight is None or id(weight) not in gradients:
+        weight = named.get(member.parameter)
+        if member.role != "produces" or weight is None or weight.grad is None:
             continue
-        products = (weight.detach() * gradients[id(weight)]).double().movedim(member.dim, 0)
+        products = (weight.detach() * weight.grad).double().movedim(member.dim, 0)
         per_index = products.reshape(len(products), -1).sum(1).cpu()
         units = torch.tensor(member.units)
         owned = units >= 0

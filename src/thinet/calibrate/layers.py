@@ -39,7 +39,8 @@ class Layer:
         read: what the operation reads in the weight's place, if not the weight itself.
         x, y: its input and output.
         norm: the BatchNorm that alone reads y, if there is one.
-        shortcut: what is added to y (behind the norm), if its sum alone goes on.
+        shortcut: what is added to y (behind the norm), if its sum alone goes on; None where the
+            layer is used elsewhere too and there are gains between.
         add: index of that addition.
         gain: the parameter that y is multiplied with before it (LayerScale), one number an output.
         turned_by: the axes of y in the order in which the shortcut has them, None for the same.
@@ -150,6 +151,9 @@ def find_layers(program: Program) -> dict[int, Layer]:
             continue
         norm, after = (None, y) if y.id in returned else _norm(program, readers, y)
         added = _addition(readers, after, returned, rank=geometry.rank, scales=scales)
+        uses = max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None)
+        if uses > 1 and added is not None and (norm is not None or added.gain is not None):
+            added = None  # one system for all uses cannot weigh each by its own gains
         found[op.index] = Layer(
             op=op.index,
             module=op.module,
@@ -165,7 +169,7 @@ def find_layers(program: Program) -> dict[int, Layer]:
             add=None if added is None else added.op,
             gain=None if added is None else added.gain,
             turned_by=None if added is None else added.turned_by,
-            uses=max(_uses(p, readers, views, returned) for p in (weight, bias) if p is not None),
+            uses=uses,
         )
     return found
 
