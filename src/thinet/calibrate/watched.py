@@ -166,7 +166,7 @@ def image_layouts(
             if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
                 return leaf
             two = leaf[[0, 1 % size]]
-            if changed and leaf.dtype != torch.bool:
+            if changed and leaf.numel() and leaf.dtype != torch.bool and not leaf.is_complex():
                 two[0] = two.max() + two.min() - two[0]
             return two
 

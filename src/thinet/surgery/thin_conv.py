@@ -153,3 +153,4 @@ def not_thinnable(module: nn.Conv2d) -> str | None:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what others have hung on it."""
